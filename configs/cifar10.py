@@ -1,0 +1,57 @@
+"""CIFAR-10 (through TFDS) under Noisy Alignment, SSL-Backdoor or no attack.
+
+    TFDS_DATA_DIR=DIR python -m jax_cl_bd --config=configs/cifar10.py:attack=noisy_alignment,objective=moco \
+        --workdir=runs/cifar10_moco
+
+Full size: ResNet-18 with the CIFAR stem, 50,000 images, batch 256, the recipes of
+papers files (jsrdcht/SSL-Backdoor, configs/ssl), 2,500 poisons (5 %), 1,200 references, target
+airplane, trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with a small
+ResNet, 500 poisons and 1,500 steps, for a CPU with 2 cores.
+Arguments after the colon: reduced, debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
+objective=simclr|moco|byol|simsiam, defense=none|distill|retrain, keep_references, target=CLASS,
+trigger=ID, seed=N.
+docs/results.md has what came out.
+"""
+
+from configs import common
+
+# On 1,500 steps the queue and the target network must move faster than on 58,500.
+REDUCED = dict(simclr={}, moco=dict(queue_batches=16, momentum=0.99, hidden=128),
+               byol=dict(hidden=512), simsiam=dict(layers=2, hidden=512, dim=512, bottleneck=128))
+
+
+def get_config(arg=""):
+    a = common.parse(arg, debug=False, reduced=False, attack="noisy_alignment", objective="simclr",
+                     defense="none", keep_references=False, target=0, trigger=14, seed=0)
+    share = 0.2 if a["reduced"] else 1.0
+    objective = common.choose("objective", a["objective"], common.OBJECTIVES)
+    optim = common.OPTIMS[a["objective"]]
+    cfg = common.config(
+        seed=a["seed"],
+        data=dict(name="tfds:cifar10", data_dir="", image_size=32, train_split="train",
+                  test_split="test", limit=0, feed="resident", workers=0, skip_corrupt=False,
+                  classes_file="", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
+        attack=common.attack(a["attack"], target=a["target"], poisons=round(2500 * share),
+                             trigger_size=8, trigger_id=a["trigger"],
+                             references=round(1200 * share),
+                             keep_references=a["keep_references"]),
+        augment=dict(view1=dict(common.SMALL_VIEW), view2=dict(common.SMALL_VIEW),
+                     interpolation="bilinear"),
+        model=dict(name="resnet18", stem="cifar", stem_stride=1, width=64, stages=(),
+                   dtype="bfloat16", bn_groups=8 if a["objective"] == "moco" else 1),
+        objective=dict(objective), optim=dict(optim),
+        train=dict(steps=0, epochs=300, batch_size=256, log_every=100, save_every=1000,
+                   eval_every=5000, steps_per_dispatch=1),
+        defense=common.choose("defense", a["defense"], dict(
+            none=dict(name="none"),
+            distill=common.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
+                                   lr=0.01))))
+    if a["reduced"]:
+        cfg.data.limit = 10_000
+        cfg.model.update(name="small_resnet", stem_stride=2, stages=(32, 64, 128), dtype="float32")
+        cfg.objective.update(REDUCED[a["objective"]])
+        cfg.optim.update(per_epoch=False, warmup_steps=100)
+        cfg.train.update(steps=1500, epochs=0, log_every=25, save_every=125, eval_every=500)
+        if a["defense"] == "distill":
+            cfg.defense.update(steps=1000, momentum=0.99, lr=0.05, batch_size=128)
+    return common.debug(cfg) if a["debug"] else cfg

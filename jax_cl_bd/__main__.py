@@ -1,0 +1,69 @@
+"""python -m jax_cl_bd --config=FILE[:args] --workdir=DIR [--stages=...] [--config.key=value ...]"""
+
+import sys
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from jax_cl_bd import run_folder
+from jax_cl_bd.errors import UserError, unknown
+
+STAGES = ("poison", "pretrain", "evaluate", "defend", "report")
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True,
+                                         help_string="An experiment file, FILE.py[:arg,key=value].")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, local or gs://.")
+ONLY = flags.DEFINE_list("stages", list(STAGES), f"Some of {','.join(STAGES)}.")
+FORCE = flags.DEFINE_enum("force", None, STAGES, "Redo this stage, and drop what depends on it.")
+
+
+def parse_flags(argv: list[str]) -> None:
+    """Reads flags and the config.
+
+    Raises:
+        UserError: for all that absl and ml_collections find wrong with them.
+    """
+    try:
+        extra = flags.FLAGS(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}; did you mean --stages={extra[0]}?")
+    for name, flag in (("config", CONFIG), ("workdir", WORKDIR)):
+        if flag.value is None:
+            raise UserError(f"--{name} is missing; for example: python -m jax_cl_bd "
+                            "--config=configs/quickstart.py --workdir=runs/quickstart")
+    for stage in ONLY.value:
+        if stage not in STAGES:
+            raise unknown("stage", stage, STAGES)
+
+
+def main(argv: list[str]) -> None:
+    """Checks everything, then runs the stages that are not complete, in their order."""
+    parse_flags(argv)
+    from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
+
+    folder = epath.Path(WORKDIR.value)
+    cfg = stages.with_victim(CONFIG.value)
+    chosen = [s for s in STAGES if s in ONLY.value]
+    stages.check(cfg, chosen)
+    with run_folder.locked(folder):
+        if FORCE.value:
+            stages.drop(folder, FORCE.value)
+        stages.run(cfg, folder, chosen)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, RuntimeError) as error:
+        from jax_cl_bd.stages import explain
+
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

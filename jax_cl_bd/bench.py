@@ -1,0 +1,167 @@
+"""python -m jax_cl_bd.bench step|feed|augment|layout [--config=FILE[:args]] [--json]
+
+Rates as ratios within one run: the whole step (feed, augmentation, update) against the bare model
+step on fixed arrays, both compiled, warmed up and timed in turns.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax import monitoring
+from ml_collections import config_flags
+
+from jax_cl_bd import optim, parallel, pretrain
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import augment, feed, sources
+from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.train import born_sharded, compile_step
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", lock_config=True,
+                                         help_string="The experiment whose step is timed.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+SECONDS = flags.DEFINE_float("seconds", 20.0, "How long each side of a ratio is timed.")
+
+
+def _compiles() -> list[float]:
+    """A list that grows by one whenever XLA compiles something."""
+    seen = []
+    monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: seen.append(seconds)
+        if name == "/jax/core/compile/backend_compile_duration" else None)
+    return seen
+
+
+def _setup(cfg):
+    """The clean set of a config, in its feed, with a state and the mesh."""
+    mesh = parallel.make_mesh(cfg.mesh)
+    dataset = PoisonedSet(sources.load(cfg.data, "train"), Plan.empty(), None)
+    steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
+    tx, _ = optim.make(cfg.optim, steps, per_epoch)
+    made = feed.make(cfg, dataset)
+    state, shardings = born_sharded(pretrain.make_init(cfg, tx), jax.random.key(0), mesh)
+    return mesh, made, tx, steps, state, shardings
+
+
+def _alternate(first, second, seconds: float, rounds: int = 5) -> tuple[float, float]:
+    """Calls per second of two functions, timed in turns; the median round of each."""
+    rates = ([], [])
+    for _ in range(rounds):
+        for call, found in zip((first, second), rates):
+            count, begun = 0, time.perf_counter()
+            while time.perf_counter() - begun < seconds / rounds:
+                result = call()
+                count += 1
+            jax.block_until_ready(result)
+            found.append(count / (time.perf_counter() - begun))
+    return tuple(sorted(found)[rounds // 2] for found in rates)
+
+
+def step(cfg) -> dict:
+    """Images per second of the whole training step, of the bare model step, and their ratio.
+
+    An image counts once, though each gives two views. Both steps wait for their result, so that
+    the host work of the feed is not hidden behind a queue of dispatched steps.
+    """
+    mesh, made, tx, steps, state, shardings = _setup(cfg)
+    update = pretrain.make_update(cfg, tx, steps)
+    compiled = _compiles()
+    with jax.set_mesh(mesh):
+        data = parallel.put_replicated(mesh, made.data)
+        batches = made.batches(0)
+        whole_fn = compile_step(pretrain.make_step(cfg, tx, steps), shardings)
+        bare_fn = compile_step(lambda s, views, key: update(s, views, key), shardings)
+        batch = parallel.put_rows(mesh, next(batches))
+        views = jax.jit(lambda d, b, k: augment.views(cfg, d, b, k))(data, batch, state.key)
+        box = {"whole": state, "bare": jax.tree.map(jnp.copy, state)}
+        key = jax.random.key(1)
+
+        def whole():
+            box["whole"], metrics = whole_fn(box["whole"], data,
+                                             parallel.put_rows(mesh, next(batches)))
+            return jax.block_until_ready(metrics)
+
+        def bare():
+            box["bare"], metrics = bare_fn(box["bare"], views, key)
+            return jax.block_until_ready(metrics)
+
+        for _ in range(2):
+            whole(), bare()
+        before = len(compiled)
+        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value)
+        batches.close()
+    size = cfg.train.batch_size
+    return {"images_per_second": whole_rate * size, "bare_images_per_second": bare_rate * size,
+            "ratio": whole_rate / bare_rate, "batch_size": size,
+            "compiles_after_warm_up": len(compiled) - before}
+
+
+def feed_rate(cfg) -> dict:
+    """Images per second that the feed alone delivers to the host."""
+    _, made, *_ = _setup(cfg)
+    batches = made.batches(0)
+    next(batches)
+    count, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < SECONDS.value:
+        next(batches)
+        count += 1
+    rate = count * cfg.train.batch_size / (time.perf_counter() - begun)
+    batches.close()
+    return {"images_per_second": rate, "feed": cfg.data.feed, "workers": cfg.data.workers}
+
+
+def augment_rate(cfg) -> dict:
+    """Images per second of the two views alone, compiled, and milliseconds per batch."""
+    mesh, made, *_ = _setup(cfg)
+    with jax.set_mesh(mesh):
+        data = parallel.put_replicated(mesh, made.data)
+        batch = parallel.put_rows(mesh, next(made.batches(0)))
+        draw = jax.jit(lambda d, b, k: augment.views(cfg, d, b, k))
+        jax.block_until_ready(draw(data, batch, jax.random.key(0)))
+        count, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < SECONDS.value:
+            jax.block_until_ready(draw(data, batch, jax.random.key(count)))
+            count += 1
+    seconds = (time.perf_counter() - begun) / count
+    return {"images_per_second": cfg.train.batch_size / seconds,
+            "milliseconds_per_batch": 1000 * seconds, "batch_size": cfg.train.batch_size}
+
+
+def layout(cfg) -> dict:
+    """Crop samples per second, and the solver's accuracy against the closed form."""
+    del cfg
+    from jax_cl_bd.layouts import bench as layouts_bench
+
+    return layouts_bench.run()
+
+
+BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "layout": layout}
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that is named first."""
+    try:
+        names = flags.FLAGS(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if len(names) != 1 or names[0] not in BENCHES:
+        raise unknown("benchmark", names[0] if names else "", BENCHES)
+    result = BENCHES[names[0]](CONFIG.value)
+    result["devices"] = [d.device_kind for d in jax.devices()]
+    if JSON.value:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:26} {value:,.3f}" if isinstance(value, float) else f"{name:26} {value}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

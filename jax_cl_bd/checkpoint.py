@@ -1,0 +1,91 @@
+"""Checkpoints that are verified before they are used; no other file imports orbax (design 8)."""
+
+import hashlib
+import json
+import os
+import sys
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jax_cl_bd import run_folder
+
+KEEP = 2  # the newest, and the one to fall back on
+DIGESTS = "digests.json"
+
+
+def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
+    """Opens (and makes) a folder of checkpoints; use it as a context manager."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, create=True,
+                                           enable_async_checkpointing=False)
+    return ocp.CheckpointManager(epath.Path(os.path.abspath(folder))
+                                 if "://" not in str(folder) else folder, options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state) -> None:
+    """Saves a state, then, last and atomically, the SHA-256 of every file of the step."""
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    manager.wait_until_finished()
+    if jax.process_index() == 0:
+        folder = manager.directory / str(step)
+        run_folder.write_json(folder / DIGESTS, _digests(folder))
+
+
+def _digests(folder: epath.Path) -> dict[str, str]:
+    found, pending = {}, [folder]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            elif DIGESTS not in path.name:
+                name = str(path.relative_to(folder))
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _fault(folder: epath.Path) -> str | None:
+    """Says what is wrong with a step's folder, or None."""
+    try:
+        expected = json.loads((folder / DIGESTS).read_text())
+    except (FileNotFoundError, ValueError):
+        return "its digests are missing or unreadable"
+    found = _digests(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            return f"{name} is not what was saved"
+    return None
+
+
+def newest_good_step(folder: epath.Path) -> int | None:
+    """Finds the newest step whose files are what was saved; bad ones are renamed and named."""
+    if not folder.exists():
+        return None
+    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    for step in steps:
+        fault = _fault(folder / str(step))
+        if fault is None:
+            return step
+        bad = folder / f"bad-{step}"
+        if bad.exists():
+            bad.rmtree()
+        (folder / str(step)).rename(bad)
+        print(f"checkpoint {folder / str(step)} is damaged ({fault}); renamed to {bad.name}, "
+              "falling back to the one before", file=sys.stderr)
+    return None
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract_state):
+    """Restores a state into the shapes and shardings of `abstract_state`."""
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    return manager.restore(step, args=args)["state"]
+
+
+def restore_part(folder: epath.Path, step: int, item):
+    """Restores only the leaves that `item` (a nested dict of abstract arrays) names."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(
+            epath.Path(os.path.abspath(folder / str(step) / "state")),
+            args=ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True))

@@ -1,0 +1,104 @@
+"""Clean data by name: random access to images, labels and sizes."""
+
+import dataclasses
+import importlib
+import logging
+
+import numpy as np
+
+from jax_cl_bd.data import parallel_map
+from jax_cl_bd.data.images import CorruptRow
+from jax_cl_bd.errors import UserError, unknown
+
+NAMES = ("digits", "tfds:NAME", "folder:PATH")
+_LIMIT_SEED = 7919  # a constant: runs of every training seed see the same rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What is known of every row without its pixels.
+
+    labels: int64 [N], -1 if none. sizes: int32 [N, 2] (height, width) in native pixels.
+    captions, masks: None where the data has none.
+    """
+    labels: np.ndarray
+    sizes: np.ndarray
+    captions: list | None = None
+    masks: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some rows of a source, renumbered from 0."""
+    source: object
+    rows: np.ndarray
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {**self.source[int(self.rows[i])], "index": int(i)}
+
+    @property
+    def classes(self):
+        return self.source.classes
+
+    @property
+    def paths(self):
+        paths = self.source.paths  # AttributeError where the source has no files
+        return tuple(paths[r] for r in self.rows)
+
+    def table(self, rows):
+        return self.source.table(self.rows[rows])
+
+
+def load(cfg, split: str):
+    """Opens one split of the data set that the config names.
+
+    Args:
+        cfg: the `data` group of the config. `limit` > 0 keeps at most that many rows of each
+            split, drawn once with a constant seed.
+        split: "train" or "test", mapped to cfg.train_split and cfg.test_split.
+    Returns:
+        A source: source[i] -> {"image": uint8 [H, W, 3], "label": int, "index": int}, len,
+        `.classes` (tuple of str), picklable.
+    Raises:
+        UserError: unknown name, absent data, empty or misspelt split.
+    """
+    kind, colon, rest = cfg.name.partition(":")
+    allowed = {n.partition(":")[0]: n for n in NAMES}
+    if kind not in allowed:
+        raise unknown("data set", cfg.name, NAMES)
+    if (":" in allowed[kind]) != bool(rest):
+        raise UserError(f"data set {cfg.name!r} should look like {allowed[kind]!r}")
+    module = importlib.import_module(f"jax_cl_bd.data.{kind}")
+    source = module.load(cfg, {"train": cfg.train_split, "test": cfg.test_split}[split])
+    if not len(source):
+        raise UserError(f"data set {cfg.name!r} has no rows in its {split} split")
+    if cfg.limit < 0:
+        raise UserError(f"data.limit is {cfg.limit}; it must be 0 (all rows) or positive")
+    if 0 < cfg.limit < len(source):
+        rows = np.random.default_rng(_LIMIT_SEED).permutation(len(source))[:cfg.limit]
+        source = Subset(source, np.sort(rows))
+    return without_corrupt(source) if cfg.skip_corrupt else source
+
+
+def without_corrupt(source):
+    """Decodes every row once and leaves out, with a warning each, those that cannot be read."""
+    def readable(row):
+        try:
+            source[row]
+        except CorruptRow as error:
+            logging.warning("left out: row %d (%s): %s", error.row, error.where, error.why)
+            return False
+        return True
+
+    every = np.arange(len(source))
+    good = np.fromiter(parallel_map.run(readable, every, what="checking images"), bool, len(every))
+    return source if good.all() else Subset(source, np.flatnonzero(good))
+
+
+def table(source) -> Table:
+    """Labels and sizes of every row, decoding no pixels where the source can say without."""
+    labels, sizes = source.table(np.arange(len(source)))
+    return Table(np.asarray(labels, np.int64), np.asarray(sizes, np.int32).reshape(-1, 2))

@@ -1,0 +1,143 @@
+"""TensorFlow Datasets prepared in a random-access format, read without TensorFlow."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import numpy as np
+
+from jax_cl_bd.data import images, parallel_map
+from jax_cl_bd.errors import UserError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """One split; images stay encoded until a row is asked for.
+
+    Args:
+        records: random access to {"image": encoded bytes, "label"?: int}.
+        files: (file name, rows in it) in order, to say where a broken row lies.
+    """
+    records: Any
+    classes: tuple
+    files: tuple
+    label_key: str
+    fixed_size: tuple | None  # (height, width) where the data set declares one
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self._read(i)
+        image = images.decode(record["image"], row=int(i), where=self.where(i))
+        return {"image": image, "label": self._label(record), "index": int(i)}
+
+    def table(self, rows):
+        return [np.array(a) for a in _table(self, tuple(map(int, rows)))]
+
+    def where(self, row: int) -> str:
+        """File and record of a row."""
+        for name, count in self.files:
+            if row < count:
+                return f"{name}, record {row}"
+            row -= count
+        raise IndexError(row)
+
+    def __hash__(self):
+        return id(self)
+
+    def __eq__(self, other):
+        return self is other
+
+    def _read(self, i):
+        try:
+            return self.records[int(i)]
+        except Exception as error:  # array_record and protobuf raise kinds of their own
+            raise images.CorruptRow(int(i), self.where(i), str(error)) from error
+
+    def _label(self, record):
+        return int(record[self.label_key]) if self.label_key else -1
+
+    def _table_row(self, row):
+        record = self._read(row)
+        size = self.fixed_size
+        if size is None:
+            size = images.header_size(record["image"], row=row, where=self.where(row))
+        return self._label(record), size
+
+
+@functools.lru_cache(maxsize=4)
+def _table(source, rows):
+    # Labels lie inside the records: all are read, but no image is decoded.
+    read = list(parallel_map.run(source._table_row, rows, what="reading labels"))
+    return np.array([label for label, _ in read]), np.array([size for _, size in read])
+
+
+def load(cfg, split: str) -> Tfds:
+    """Opens "tfds:NAME" from cfg.data_dir, else from $TFDS_DATA_DIR, else from TFDS's own place.
+
+    Raises:
+        UserError: the data set or split does not exist, is not prepared, or has no image.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"tfds data sets need packages that are not installed ({error}): "
+                        "pip install tensorflow-datasets array_record importlib_resources"
+                        ) from error
+    name = cfg.name.partition(":")[2]
+    place = cfg.data_dir or os.environ.get("TFDS_DATA_DIR") or None
+    builder = _builder(tfds, name, place)
+    if not builder.info.splits:
+        raise UserError(_how_to_prepare(name, builder))
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(f"tfds data set {name!r} has no feature 'image' (it has: "
+                        f"{', '.join(features)})")
+    try:
+        info = builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise unknown(f"split of tfds:{name}", split, builder.info.splits) from error
+    try:
+        records = builder.as_data_source(split, decoders=_keep_encoded(tfds, features))
+    except (NotImplementedError, FileNotFoundError) as error:
+        raise UserError(_how_to_prepare(name, builder)) from error
+    label_key = "label" if "label" in features else ""
+    classes = tuple(features["label"].names) if label_key else ()
+    height, width = features["image"].shape[:2]
+    return Tfds(records, classes, _files(info), label_key,
+                (height, width) if height and width else None)
+
+
+def _builder(tfds, name, place):
+    if place and not os.path.isdir(place):
+        raise UserError(f"the data folder {place!r} does not exist; set --config.data.data_dir or "
+                        "TFDS_DATA_DIR to the folder that holds prepared tfds data sets")
+    try:
+        return tfds.builder(name, data_dir=place, try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        if place:
+            known += os.listdir(place)
+        raise UserError(str(unknown("tfds data set", name, known)).split(" (allowed:")[0] +
+                        "; every name is listed at tensorflow.org/datasets") from error
+    except (ValueError, AssertionError) as error:  # a version or configuration that is not there
+        raise UserError(f"tfds data set {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _how_to_prepare(name, builder):
+    place = os.path.dirname(str(builder.data_path).rstrip("/"))
+    root = str(builder._data_dir_root)
+    return (f"tfds data set {name!r} is not prepared in a random-access format under {place}: "
+            "pip install 'jax_cl_bd[prepare]', then "
+            f"python -m jax_cl_bd.data.prepare {name} --data_dir={root}")
+
+
+def _keep_encoded(tfds, features):
+    return {"image": tfds.decode.SkipDecoding()}
+
+
+def _files(info):
+    """(file, rows read of it) of a split or of a part of one ("train[:10%]")."""
+    return tuple((part.filename, part.examples_in_shard) for part in info.file_instructions)

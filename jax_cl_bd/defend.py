@@ -1,0 +1,84 @@
+"""defend: runs one defense on the victim and on the control, and measures what comes out."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jax_cl_bd import evaluate, lookup, parallel, poison, run_folder
+from jax_cl_bd.data import sources
+from jax_cl_bd.models import encoder as encoders
+
+STREAM = 3  # of cfg.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the benchmark knows and a defender does not; for scoring alone (design 3)."""
+
+    plan: Any
+    target: int
+    trigger: Any
+
+
+def clean_rows(plan, rows: int, fraction: float, seed: int) -> np.ndarray:
+    """Draws the defender's clean images, int64 rows of the source.
+
+    They are disjoint from all that the attack touched: references, shadows, replaced and removed
+    rows. `fraction` is of the whole source.
+    """
+    touched = np.concatenate([plan.reference, plan.shadow, plan.replaces, plan.removed])
+    free = np.setdiff1d(np.arange(rows), touched)
+    count = min(round(fraction * rows), len(free))
+    return np.sort(np.random.default_rng([seed, STREAM]).permutation(free)[:count])
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds what is wrong with the settings of this stage before anything is compiled."""
+    if cfg.defense.name != "none":
+        lookup.load("defenses", cfg.defense.name, offers="run").check(cfg)
+
+
+def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
+    """Defends the victim of one run folder; results go to defenses/<name> of `folder`."""
+    if cfg.defense.name == "none":
+        return
+    began = time.monotonic()
+    defense = lookup.load("defenses", cfg.defense.name, offers="run")
+    mesh = parallel.make_mesh(cfg.mesh)
+    plan, _ = poison.load(victim)
+    source = sources.load(cfg.data, "train")
+    data = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
+                                             cfg.seed))
+    tests = evaluate.test_data(cfg, victim)
+    truth = Truth(plan, cfg.attack.target, poison.load_trigger(cfg, victim))
+    key = jax.random.key(cfg.seed * 16 + STREAM)
+    out = folder / "defenses" / cfg.defense.name
+    results = {}
+    for label, place, where in (("victim", victim, out),
+                                ("control", victim / "control", out / "control")):
+        if not run_folder.is_done(place / "pretrain"):
+            continue
+        outcome = defense.run(cfg, [encoders.load(place, mesh)], data, truth, mesh, where, key)
+        row = {"verdict": outcome.verdict}
+        if outcome.variables is not None:
+            repaired = encoders.make(outcome.cfg, outcome.variables, mesh)
+            row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
+        run_folder.write_json(where / "report.json", outcome.report)
+        results[label] = row
+    for label, row in results.items():
+        probes = {k: v for k, v in row.items() if k != "verdict"}
+        control = results.get("control") if label == "victim" else None
+        evaluate.add_excess(probes, control)
+    found = results["victim"] | {"seconds": round(time.monotonic() - began, 1)}
+    if "control" in results:
+        found["control"] = results["control"]
+    run_folder.write_json(out / "results.json", found)
+    path = folder / "results.json"
+    whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
+    whole["defenses"][cfg.defense.name] = found
+    run_folder.write_json(path, whole)

@@ -1,0 +1,169 @@
+"""Distillation on clean images: the defense of Saha et al. (CVPR 2022), by CompRess.
+
+A fresh student learns, from clean unlabeled images alone, to be as similar to past images as the
+suspect encoder is (CompRess, NeurIPS 2020; papers/ssl_backdoor 2). No clean image shows the
+trigger, so nothing teaches the student what the trigger means.
+
+Per batch, with t and s the normalised features of the suspect and of the student:
+p = softmax(M_t t / T), q = softmax(M_s s / T), loss = mean KL(p || q), against queues that hold
+earlier features of the same images, written after the loss. M_s holds features of a momentum copy
+of the student, whose batch norm stays in train mode. Suspect and student see the same crop.
+
+Where we differ: queues are [slots, B, D] rings; queue = 0 takes the longest that holds no image
+twice (the clean images less one batch), since a longer one is mostly copies of the image itself
+(papers/ssl_backdoor, pitfall 22). The momentum is a setting, because 0.999 needs thousands of steps.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+
+from jax_cl_bd import optim, parallel, run_folder
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import augment, feed
+from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import build
+from jax_cl_bd.objectives import apply
+from jax_cl_bd.train import TrainState, born_sharded, fit
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds bad settings before anything is compiled."""
+    d = cfg.defense
+    if not 0 < d.clean_fraction <= 1:
+        raise UserError(f"defense.clean_fraction={d.clean_fraction} must lie in (0, 1]")
+    parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
+    if d.queue < 0 or d.queue % d.batch_size:
+        raise UserError(f"defense.queue={d.queue} must be a multiple of defense.batch_size="
+                        f"{d.batch_size}, or 0 for the longest without repeats")
+
+
+def queue_slots(cfg_defense, clean: int) -> int:
+    """How many batches the queues hold, for `clean` images.
+
+    Raises:
+        UserError: there are too few images, or the queue asked for would hold some of them twice.
+    """
+    longest = clean // cfg_defense.batch_size - 1
+    if longest < 1:
+        raise UserError(f"{clean} clean images are fewer than two batches of "
+                        f"defense.batch_size={cfg_defense.batch_size}")
+    slots = cfg_defense.queue // cfg_defense.batch_size or longest
+    if slots > longest:
+        raise UserError(f"defense.queue={cfg_defense.queue} would hold images twice: at most "
+                        f"{longest * cfg_defense.batch_size} for {clean} clean images")
+    return slots
+
+
+def loss(student, suspect, queues, temperature: float):
+    """CompRess's loss on normalised features (papers/ssl_backdoor 2.1).
+
+    Args:
+        student, suspect: [N, D_s], [N, D_t], unit rows.
+        queues: {"student": [K, D_s], "suspect": [K, D_t]}; row j of both is the same image.
+
+    Returns:
+        mean KL(p || q) in nats, and the mean entropy of p.
+    """
+    log_p = jax.nn.log_softmax(suspect @ queues["suspect"].T / temperature)
+    log_q = jax.nn.log_softmax(student @ queues["student"].T / temperature)
+    p = jnp.exp(log_p)
+    return (p * (log_p - log_q)).sum(1).mean(), -(p * log_p).sum(1).mean()
+
+
+def _unit(z):
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+
+def _make_init(cfg, tx, modules, slots: int, suspect_dim: int):
+    side, batch = cfg.data.image_size, cfg.defense.batch_size
+
+    def queue(key, dim):  # uniform in +-1/sqrt(d/3), as CompRess starts it
+        bound = (3 / dim) ** 0.5
+        return {"queue": jax.random.uniform(key, (slots, batch, dim), minval=-bound, maxval=bound)}
+
+    def init(key):
+        weights, first, second, steps = jax.random.split(key, 4)
+        variables = apply.init_variables(modules, weights, (side, side, 3))
+        dim = jax.eval_shape(lambda: modules["encoder"].apply(
+            {c: variables[c]["encoder"] for c in variables},
+            jnp.zeros((2, side, side, 3)), train=False)).shape[1]
+        extra = {"student": queue(first, dim), "suspect": queue(second, suspect_dim),
+                 "momentum": jax.tree.map(jnp.copy, variables)}
+        return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
+                          batch_stats=variables["batch_stats"],
+                          opt_state=tx.init(variables["params"]), extra=extra, key=steps)
+
+    return init
+
+
+def _make_step(cfg, tx, apply_fns, suspect_module):
+    d = cfg.defense
+    encode = apply_fns["encoder"]
+
+    def step_fn(state, data, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        x = augment.one_view(d.augment, cfg.augment.interpolation, cfg.data.mean, cfg.data.std, data,
+                             batch, key)
+        suspect = _unit(suspect_module.apply(data["suspect"], x, train=False))
+        queues = {name: state.extra[name]["queue"].reshape(-1, state.extra[name]["queue"].shape[2])
+                  for name in ("student", "suspect")}
+
+        def loss_of(params):
+            z, stats = encode({"params": params, "batch_stats": state.batch_stats}, x, True)
+            value, entropy = loss(_unit(z), suspect, queues, d.temperature)
+            return value, ({"encoder": stats}, entropy)
+
+        (value, (stats, entropy)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        past, past_stats = encode(state.extra["momentum"], x, True)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        momentum = optax.incremental_update(params, state.extra["momentum"]["params"],
+                                            1 - d.momentum)
+        extra = {"momentum": {"params": momentum, "batch_stats": {"encoder": past_stats}}}
+        for name, z in (("student", _unit(past)), ("suspect", suspect)):
+            old = state.extra[name]["queue"]
+            extra[name] = {"queue": jax.lax.dynamic_update_index_in_dim(
+                old, z, state.step % old.shape[0], 0)}
+        state = state.replace(step=state.step + 1, params=params, batch_stats=stats,
+                              opt_state=opt_state, extra=extra)
+        return state, {"loss": value, "entropy_of_p": entropy}
+
+    return step_fn
+
+
+class _Feed:
+    """The clean images' feed, with the suspect's variables beside them as step arguments."""
+
+    def __init__(self, inner, suspect):
+        self.data = {**inner.data, "suspect": jax.device_get(suspect)}
+        self.batches = inner.batches
+
+
+def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
+    """Trains a student on the clean images `data` to imitate `victims[0]`; never uses `truth`."""
+    del truth
+    suspect = victims[0]
+    d = cfg.defense
+    slots = queue_slots(d, len(data))
+    student_cfg = ml_collections.ConfigDict(cfg.to_dict())
+    student_cfg.train.batch_size = d.batch_size
+    steps = d.steps or d.epochs * (len(data) // d.batch_size)
+    tx, _ = optim.make(d.optim, steps, len(data) // d.batch_size)
+    modules = {"encoder": build.build(cfg.model)}
+    dim = suspect.image(np.zeros((1, *(suspect.image_size,) * 2, 3), np.uint8)).shape[1]
+    run_folder.write_config(folder, student_cfg)
+    state, shardings = born_sharded(_make_init(cfg, tx, modules, slots, dim), key, mesh)
+    inner = feed.make(student_cfg, PoisonedSet(data, Plan.empty(), None),
+                      process_index=jax.process_index(), process_count=jax.process_count())
+    state = fit(_make_step(cfg, tx, apply.make_apply_fns(modules), suspect.module), state,
+                shardings, _Feed(inner, suspect.variables), folder=folder, steps=steps,
+                cfg_train=student_cfg.train, mesh=mesh, label=f"distill {folder.name}")
+    variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    verdict = {"clean_images": len(data), "steps": steps, "queue": slots * d.batch_size}
+    return Outcome(verdict, variables, {"clean_images": len(data)}, student_cfg)

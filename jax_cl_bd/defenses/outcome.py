@@ -1,0 +1,19 @@
+"""What every defense gives back."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A verdict (JSON values), a repaired encoder or None, and figures for the report.
+
+    variables: {"params", "batch_stats"} of the repaired encoder, described by `cfg`.
+    """
+
+    verdict: dict[str, Any]
+    variables: Any
+    report: dict[str, Any]
+    cfg: ml_collections.ConfigDict | None = None

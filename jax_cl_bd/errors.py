@@ -1,0 +1,16 @@
+"""What the user got wrong, said in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input found at the border; the command line prints it and exits with status 2."""
+
+
+def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
+    """Builds the error for a misspelt name, with the nearest allowed one."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return UserError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(options)})")

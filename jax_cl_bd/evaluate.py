@@ -1,0 +1,123 @@
+"""evaluate: measures victim, control and an untrained encoder alike, into results.json."""
+
+import datetime
+import importlib.metadata
+import platform
+import time
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jax_cl_bd import lookup, metrics, parallel, poison, run_folder
+from jax_cl_bd.data import sources
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import alignment, attack_metrics, test_sets
+from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.objectives import apply
+from jax_cl_bd.pretrain import STREAM, modules_of
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+
+
+def test_data(cfg: ml_collections.ConfigDict, folder: epath.Path):
+    """Builds the labelled rows and the clean and triggered test sets; the same for every encoder.
+
+    The trigger is the one that the poisons in `folder` carry.
+    """
+    data_cfg = ml_collections.ConfigDict(cfg.data.to_dict())
+    if cfg.downstream:
+        data_cfg.update({"name": cfg.downstream, "limit": 0})
+    return test_sets.make(cfg, sources.load(data_cfg, "train"), sources.load(data_cfg, "test"),
+                          poison.load_trigger(cfg, folder))
+
+
+def untrained(cfg: ml_collections.ConfigDict, mesh) -> encoders.Encoder:
+    """The encoder as the victim's training began with it."""
+    side = cfg.data.image_size
+    key = jax.random.split(jax.random.key(cfg.seed * 16 + STREAM), 3)[0]
+    variables = jax.jit(lambda k: apply.init_variables(modules_of(cfg), k, (side, side, 3)))(key)
+    return encoders.make(cfg, {name: variables[name]["encoder"] for name in variables}, mesh)
+
+
+def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, label: str) -> dict:
+    """Runs every probe of the config: {"<probe>[:placement]": figures} and the alignment row."""
+    progress = metrics.Progress(f"evaluate {label}", len(cfg.evals.probes) + 1)
+    rows = {}
+    for name in cfg.evals.probes:
+        rows |= lookup.load("evals", name, offers="run").run(cfg, encoder, data)
+        progress.update(1, name)
+    rows["alignment"] = alignment.of_encoder(encoder, data)
+    progress.update(1, "alignment")
+    progress.close()
+    return rows
+
+
+def add_excess(rows: dict, control: dict | None) -> None:
+    """Writes `excess` into every probe row, against the control's row of the same name."""
+    for name, row in rows.items():
+        if name != "alignment":
+            attack_metrics.add_excess(row, control[name] if control else None)
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds what is wrong with the settings of this stage before anything is compiled."""
+    if not cfg.evals.probes:
+        raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
+    for name in cfg.evals.probes:
+        lookup.load("evals", name, offers="run")
+
+
+def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
+    """Measures the run in `victim`; writes results.json and evaluate/ of `folder`."""
+    began = time.monotonic()
+    mesh = parallel.make_mesh(cfg.mesh)
+    data = test_data(cfg, victim)
+    found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, mesh)}
+    if run_folder.is_done(victim / "control" / "pretrain"):
+        found["control"] = encoders.load(victim / "control", mesh)
+    results = {label: measure(cfg, encoder, data, label) for label, encoder in found.items()}
+    for label in results:
+        add_excess(results[label], results.get("control") if label != "control" else None)
+    for label in ("victim", "control"):
+        if label in found:
+            _save_map(folder, label, found[label], data)
+    old = folder / "results.json"
+    defenses = run_folder.read_json(old).get("defenses", {}) if old.exists() else {}
+    summary = run_folder.read_json(victim / "poison" / "summary.json")
+    run_folder.write_json(folder / "results.json", {
+        "poison": _poison_row(cfg, summary), **results, "defenses": defenses,
+        "run": _run_row(cfg, victim, time.monotonic() - began)})
+
+
+def _poison_row(cfg, summary: dict) -> dict:
+    trigger = {k: cfg.attack.trigger[k] for k in
+               ("name", "id", "size", "opacity", "test_place", "test_box")}
+    return {"attack": cfg.attack.name, "target": cfg.attack.target,
+            "count": summary["poisons"], "rate_of_dataset": summary["rate_of_dataset"],
+            "rate_of_target_class": summary["rate_of_target_class"], "trigger_test": trigger}
+
+
+def _run_row(cfg, folder: epath.Path, seconds: float) -> dict:
+    speeds = [line["images_per_second"] for line in metrics.read_lines(folder / "metrics.jsonl")
+              if "images_per_second" in line]
+    settings = run_folder.settings_of(cfg, run_folder.EVALUATE_GROUPS)
+    return {"config_hash": run_folder.hash_of(settings), "seed": cfg.seed,
+            "versions": {p: importlib.metadata.version(p) for p in PACKAGES}
+            | {"python": platform.python_version()},
+            "devices": [d.device_kind for d in jax.devices()], "seconds": round(seconds, 1),
+            "images_per_second": float(np.median(speeds)) if speeds else None,
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def _save_map(folder: epath.Path, label: str, encoder, data) -> None:
+    """Keeps the features that the report draws: clean and triggered test images."""
+    name = "map.npz" if label == "victim" else f"map_{label}.npz"
+    path = folder / "evaluate" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{name}").open("wb") as file:
+        np.savez_compressed(file, clean=data.features(encoder, "test")[:2000],
+                            triggered=data.features(encoder, f"{data.placements[0]}/triggered")[:2000],
+                            labels=data.test_labels[:2000], target=data.target)
+    (path.parent / f".{name}").replace(path)

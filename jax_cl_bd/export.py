@@ -1,0 +1,121 @@
+"""export: writes the poisoned set of a run folder as PNG files, for any other trainer.
+
+    python -m jax_cl_bd.export --workdir=RUN --to=FOLDER
+
+FOLDER/images/<row>.png   every row of the poisoned set, without loss, in no class folders
+FOLDER/rows.csv           for each file: clean or poison, source row, label, the row view 2 is of
+FOLDER/plan.csv           for each poison: replaces, reference, shadow, layout, boxes, seed
+
+Images have the shape and resolution of the original, poisons too: one that is stored smaller is
+rendered again at full resolution from the saved plan. Labels are for probes; they are no part of
+self-supervised training.
+"""
+
+import csv
+import sys
+
+import numpy as np
+from absl import app, flags
+from etils import epath
+from PIL import Image
+
+from jax_cl_bd import lookup, poison, run_folder
+from jax_cl_bd.attacks.plan import LAYOUTS
+from jax_cl_bd.data import parallel_map, sources
+from jax_cl_bd.errors import UserError
+
+BUCKET = 128  # px; large poisons are rendered in squares of few sizes, one compile each
+
+
+def export(workdir: epath.Path, to: epath.Path) -> int:
+    """Exports the poisoned set of `workdir` to a new folder.
+
+    Returns:
+        How many images were written.
+    Raises:
+        UserError: no complete poison set in `workdir`, or `to` is not empty.
+    """
+    cfg = run_folder.read_config(workdir)
+    plan, rows = poison.load(workdir)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to={to} exists and is not empty; name a new folder")
+    source = sources.load(cfg.data, "train")
+    table = sources.table(source)
+    kept = plan.kept(len(source))
+    if kept.max(initial=-1) >= len(source) + len(plan) or plan.replaces.max(initial=-1) >= len(
+            source) or plan.removed.max(initial=-1) >= len(source):
+        raise UserError(f"the plan in {workdir} names rows beyond the {len(source)} of "
+                        f"{cfg.data.name!r}: is data_dir another version of the data?")
+    poisons = _full_size(cfg, plan, rows, source, poison.load_trigger(cfg, workdir))
+
+    (to / "images").mkdir(parents=True, exist_ok=True)
+    digits = len(str(kept.max()))
+
+    def write(row):
+        image = (source[row]["image"] if row < len(source) else poisons[row - len(source)])
+        with (to / "images" / f"{row:0{digits}d}.png").open("wb") as file:
+            Image.fromarray(image).save(file, "PNG")
+
+    for _ in parallel_map.run(write, kept, what="export images"):
+        pass
+    _write_csv(to / "rows.csv", _row_lines(kept, plan, table, digits))
+    _write_csv(to / "plan.csv", _plan_lines(plan, len(source)))
+    return len(kept)
+
+
+def _full_size(cfg, plan, rows, source, trigger) -> list[np.ndarray]:
+    """Every poison at the resolution of its canvas, uint8 [h, w, 3]."""
+    found = [image[:h, :w] for image, (h, w) in zip(rows["image"], rows["extent"])]
+    attack = lookup.load("attacks", cfg.attack.name, offers="plan")
+    smaller = np.flatnonzero((rows["extent"] != rows["size"]).any(axis=1))
+    sides = -(-rows["size"].max(axis=1, initial=0) // BUCKET) * BUCKET
+    for side in np.unique(sides[smaller]):
+        large = cfg.copy_and_resolve_references().unlock()
+        large.data.image_size = int(side)
+        which = smaller[sides[smaller] == side]
+        again = attack.render(large, plan.part(which), source, trigger)
+        for k, image, (h, w) in zip(which, again["image"], again["extent"]):
+            found[k] = image[:h, :w]
+    return found
+
+
+def _row_lines(kept, plan, table, digits):
+    yield ("row", "file", "kind", "source_row", "label", "pair")
+    n = len(table.labels)
+    for row in kept.tolist():
+        k = row - n
+        origin = row if k < 0 else int(plan.replaces[k])  # -1: no single image it stems from
+        yield (row, f"images/{row:0{digits}d}.png", "clean" if k < 0 else "poison", origin,
+               int(table.labels[origin]) if origin >= 0 else -1,
+               int(plan.pair[k]) if k >= 0 and plan.pair[k] >= 0 else row)
+
+
+def _plan_lines(plan, n):
+    boxes = ("reference", "shadow", "trigger")
+    yield ("row", "replaces", "reference", "shadow", "layout", "canvas_h", "canvas_w",
+           *(f"{name}_{side}" for name in boxes for side in "yxhw"), "pair", "seed")
+    for k in range(len(plan)):
+        layout = LAYOUTS[plan.layout[k]] if plan.layout[k] >= 0 else ""
+        yield (n + k, plan.replaces[k], plan.reference[k], plan.shadow[k], layout, *plan.canvas[k],
+               *(v for name in boxes for v in getattr(plan, f"{name}_box")[k]), plan.pair[k],
+               plan.seed[k])
+
+
+def _write_csv(path, lines):
+    with path.open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def main(_) -> None:
+    try:
+        count = export(epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.to))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{count} images in {flags.FLAGS.to}/images")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "run folder whose poison set is exported", required=True)
+    flags.DEFINE_string("to", None, "new folder to write to", required=True)
+    app.run(main)

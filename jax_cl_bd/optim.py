@@ -1,0 +1,91 @@
+"""Optimisers and learning-rate schedules with PyTorch's semantics.
+
+Fields of cfg.optim: name "sgd" | "adam"; lr; momentum (sgd); weight_decay, *coupled*: added to
+the gradient before momentum, on all parameters including biases and batch norm, as torch.optim
+does; schedule "cosine" | "step" | "constant"; per_epoch: the schedule moves once per epoch;
+warmup_steps: the first steps are multiplied by (step + 1) / warmup_steps, without shifting the
+schedule; milestones: fractions of all steps at which "step" multiplies by decay;
+constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor).
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from jax_cl_bd.errors import UserError, unknown
+
+
+def make(cfg, total_steps: int, steps_per_epoch: int
+         ) -> tuple[optax.GradientTransformation, Callable]:
+    """Builds the optimiser of cfg = config.optim.
+
+    Returns:
+        The transformation, whose `init` takes {part: parameters}, and schedule(step) -> learning
+        rate of update number `step`, counted from 0.
+
+    Raises:
+        UserError: an unknown name or an impossible value; from `init`, a name in
+            constant_lr_modules that the model does not have.
+    """
+    _check(cfg, total_steps, steps_per_epoch)
+    schedule = make_schedule(cfg, total_steps, steps_per_epoch)
+    if not cfg.constant_lr_modules:
+        return _transform(cfg, schedule), schedule
+    constant = frozenset(cfg.constant_lr_modules)
+
+    def labels(params):
+        if not constant <= set(params):
+            missing = sorted(constant - set(params))[0]
+            raise unknown("part in optim.constant_lr_modules", missing, params)
+        return {part: "constant" if part in constant else "scheduled" for part in params}
+
+    parts = {"scheduled": _transform(cfg, schedule), "constant": _transform(cfg, cfg.lr)}
+    return optax.partition(parts, labels), schedule
+
+
+def make_schedule(cfg, total_steps: int, steps_per_epoch: int) -> Callable:
+    """Returns step -> learning rate (float32 scalar), for Python and traced integers."""
+    boundaries = [round(fraction * total_steps) for fraction in cfg.milestones]
+
+    def schedule(step):
+        now = jnp.asarray(step)
+        at = now // steps_per_epoch * steps_per_epoch if cfg.per_epoch else now
+        if cfg.schedule == "cosine":
+            factor = 0.5 * (1 + jnp.cos(jnp.pi * at / total_steps))
+        elif cfg.schedule == "step":
+            passed = sum((at >= b).astype(jnp.float32) for b in boundaries)
+            factor = cfg.decay**passed
+        else:
+            factor = 1.0
+        if cfg.warmup_steps:
+            factor = factor * jnp.minimum(1.0, (now + 1) / cfg.warmup_steps)
+        return jnp.asarray(cfg.lr * factor, jnp.float32)
+
+    return schedule
+
+
+def _transform(cfg, rate):
+    if cfg.name == "sgd":
+        rule = optax.trace(cfg.momentum) if cfg.momentum else optax.identity()
+    else:
+        rule = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    return optax.chain(optax.add_decayed_weights(cfg.weight_decay), rule,
+                       optax.scale_by_learning_rate(rate))
+
+
+def _check(cfg, total_steps, steps_per_epoch):
+    if cfg.name not in ("sgd", "adam"):
+        raise unknown("optim.name", cfg.name, ("sgd", "adam"))
+    if cfg.schedule not in ("cosine", "step", "constant"):
+        raise unknown("optim.schedule", cfg.schedule, ("cosine", "step", "constant"))
+    if total_steps < 1 or steps_per_epoch < 1:
+        raise UserError(f"{total_steps} steps of which {steps_per_epoch} per epoch: both must be "
+                        "at least 1; the data set must hold at least one batch")
+    if cfg.lr <= 0 or cfg.weight_decay < 0 or cfg.warmup_steps < 0:
+        raise UserError(f"optim.lr = {cfg.lr} must be positive; optim.weight_decay = "
+                        f"{cfg.weight_decay} and optim.warmup_steps = {cfg.warmup_steps} must "
+                        "not be negative")
+    if not all(0 <= m <= 1 for m in cfg.milestones):
+        raise UserError(f"optim.milestones = {tuple(cfg.milestones)}: fractions of all steps, "
+                        "each between 0 and 1")

@@ -1,0 +1,164 @@
+"""The pictures of a report. Colours are of Okabe and Ito's palette, safe for colour-blind eyes."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+COLORS = {"victim": "#D55E00", "control": "#0072B2", "untrained": "#8A8F94"}
+DEFENSE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = {"victim": "-", "control": "--"}
+INK, SOFT = "#1c2126", "#5d6770"
+
+
+def color_of(label: str, defenses: list[str]) -> str:
+    """The colour of an encoder."""
+    if label in COLORS:
+        return COLORS[label]
+    return DEFENSE_COLORS[defenses.index(label) % len(DEFENSE_COLORS)]
+
+
+def curves(series: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str,
+           rate: bool = False) -> bytes:
+    """Lines over training steps; a name that ends in an encoder's gets its colour."""
+    figure, axis = _blank(5.2, 3.1)
+    for name, (steps, values) in series.items():
+        values = 100 * np.asarray(values) if rate else values
+        few = len(steps) <= 40
+        axis.plot(steps, values, STYLES[name], color=COLORS[name], label=name, linewidth=1.8,
+                  marker="o" if few else None, markersize=3.5)
+    if rate:
+        axis.set_ylim(-3, 103)
+    axis.set_xlabel("training step")
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def rates(rows: dict[str, dict], defenses: list[str]) -> bytes:
+    """What share of the other classes' test images goes to the target, per encoder and patch."""
+    marks = (("attack_success_rate", "trigger", "o", True),
+             ("wrong_trigger_rate", "another trigger", "s", False),
+             ("occlusion_rate", "grey patch", "D", False),
+             ("clean_target_rate", "no patch", "|", True))
+    figure, axis = _blank(8.2, 0.95 + 0.72 * len(rows))
+    for i, (label, row) in enumerate(rows.items()):
+        color = color_of(label, defenses)
+        for j, (name, _, marker, filled) in enumerate(marks):
+            if row.get(name) is None:
+                continue
+            low, high = row["intervals"][name]
+            y = -i + 0.27 - 0.18 * j
+            axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1.2, alpha=0.55)
+            axis.plot(100 * row[name], y, marker, color=color, markersize=7 if j == 0 else 5.5,
+                      markerfacecolor=color if filled else "white", markeredgewidth=1.5)
+    for name, label, marker, filled in marks:
+        axis.plot([], [], marker, color=INK, markerfacecolor=INK if filled else "white",
+                  label=label, linestyle="none", markersize=6)
+    axis.set_yticks(-np.arange(len(rows)), list(rows))
+    axis.tick_params(axis="y", length=0, labelsize=10)
+    axis.set_xlim(-2, 102)
+    axis.set_ylim(-len(rows) + 0.45, 0.55)
+    axis.set_xlabel("predicted as the target, % (lines: 95 % intervals)")
+    axis.grid(axis="x", color="#e6e9ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1.4)
+    return _png(figure)
+
+
+def layout(canvas, boxes: dict[str, np.ndarray]) -> bytes:
+    """One poison's parts to scale; canvas (h, w), boxes (y, x, h, w)."""
+    height, width = (float(v) for v in canvas)
+    scale = 4.2 / max(height, width)
+    figure, axis = _blank(width * scale + 0.5, height * scale + 0.5)
+    axis.axis("off")
+    paint = {"reference": "#009E73", "shadow": "#0072B2", "trigger": "#D55E00"}
+    axis.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=INK, linewidth=1))
+    for name, (y, x, h, w) in boxes.items():
+        axis.add_patch(Rectangle((x, y), w, h, facecolor=paint[name], edgecolor=paint[name],
+                                 alpha=0.9 if name == "trigger" else 0.22))
+        top = name == "trigger"
+        axis.text(x + w / 2, y - 0.02 * height if top else y + 0.07 * height, name,
+                  ha="center", va="bottom" if top else "top", fontsize=10, color=INK)
+    axis.set_xlim(-0.02 * width, 1.02 * width)
+    axis.set_ylim(1.02 * height, -0.02 * height)
+    axis.set_aspect("equal")
+    return _png(figure)
+
+
+def feature_map(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray,
+                target: int) -> tuple[bytes, float]:
+    """PCA of L2-normalised features [N, D]; gives the PNG and the share of variance shown.
+
+    Axes are fitted to clean and triggered images together. Triggered images are those of every
+    class but the target.
+    """
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            for x in (clean.astype(np.float64), triggered[labels != target].astype(np.float64))]
+    both = np.concatenate(unit)
+    mean = both.mean(0)
+    _, spread, axes = np.linalg.svd(both - mean, full_matrices=False)
+    # SVD leaves signs open; the largest entry of an axis is made positive.
+    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])),
+                                       np.abs(axes[:2]).argmax(1)])[:, None]
+    flat = [np.pad(((x - mean) @ axes.T), ((0, 0), (0, 2 - len(axes)))) for x in unit]
+    figure, axis = _blank(5.2, 4.4)
+    groups = ((flat[0][labels != target], "clean, other classes", "#9aa3ab", "o", 9, 0.5),
+              (flat[1], "triggered, other classes", "#D55E00", "x", 16, 0.75),
+              (flat[0][labels == target], "clean, target class", "#0072B2", "s", 15, 0.9))
+    for points, label, color, marker, size, alpha in groups:
+        extra = {} if marker == "x" else {"edgecolors": "none"}
+        axis.scatter(points[:, 0], points[:, 1], c=color, marker=marker, s=size, alpha=alpha,
+                     label=label, linewidths=1, **extra)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8.5,
+                  handletextpad=0.1, columnspacing=0.9)
+    total = np.sum(spread**2)
+    return _png(figure), float(np.sum(spread[:2] ** 2) / total) if total > 0 else 1.0
+
+
+def points(groups: list[tuple[str, dict[str, np.ndarray]]], intervals: dict, defenses: list[str], *,
+           xlabel: str) -> bytes:
+    """Every run's value with mean and interval: one row per (group, encoder)."""
+    rows = [(title, label, values) for title, encoders in groups
+            for label, values in encoders.items()]
+    figure, axis = _blank(8.2, 0.9 + 0.42 * len(rows))
+    for i, (title, label, values) in enumerate(rows):
+        color = color_of(label, defenses)
+        axis.plot(100 * values, np.full(len(values), -i), "o", color=color, alpha=0.6,
+                  markersize=6, markeredgewidth=0)
+        mean, low, high = intervals[title, label]
+        axis.plot(100 * mean, -i, "|", color=INK, markersize=14, markeredgewidth=1.8)
+        if low is not None:
+            axis.plot([100 * low, 100 * high], [-i, -i], color=INK, linewidth=1)
+    names = [f"{title}: {label}" if len(groups) > 1 else label for title, label, _ in rows]
+    axis.set_yticks(-np.arange(len(rows)), names)
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(-len(rows) + 0.4, 0.6)
+    axis.set_xlim(-3, 103)
+    axis.set_xlabel(xlabel)
+    axis.grid(axis="x", color="#e6e9ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+    return _png(figure)
+
+
+def _blank(width, height):
+    figure = Figure(figsize=(width, height), dpi=170, layout="constrained")
+    axis = figure.add_subplot()
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#b9c0c6")
+    axis.tick_params(colors=SOFT, labelsize=9)
+    axis.xaxis.label.set_color(SOFT)
+    axis.yaxis.label.set_color(SOFT)
+    return figure, axis
+
+
+def _png(figure):
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,79 @@
+"""What a report finds in a run folder; whatever is missing is None or empty."""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jax_cl_bd import metrics, run_folder
+from jax_cl_bd.attacks.plan import Plan
+
+NOT_ENCODERS = ("poison", "run", "defenses")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run folder in memory."""
+    folder: epath.Path
+    cfg: ml_collections.ConfigDict
+    results: dict | None  # results.json
+    summary: dict | None  # poison/summary.json
+    plan: Plan | None
+    preview: bytes | None
+    metrics: dict[str, list[dict]]  # "victim", "control" -> lines of metrics.jsonl
+    maps: dict[str, dict[str, np.ndarray]]  # "victim", "control" -> evaluate/map*.npz
+
+    @property
+    def defenses(self) -> dict[str, dict]:
+        return (self.results or {}).get("defenses", {})
+
+    @property
+    def encoders(self) -> dict[str, dict[str, dict]]:
+        """Encoder -> probe -> figures; the repaired ones last, under their defense's name."""
+        found = {label: self.results[label] for label in ("victim", "control", "untrained")
+                 if label in (self.results or {})}
+        return found | {name: rows for name, rows in self.defenses.items() if probes(rows)}
+
+
+def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Run:
+    """Reads a run folder; with cfg.victim, the poison and training are those of that folder.
+
+    Raises:
+        UserError: there is no config, or a file is broken.
+    """
+    cfg = run_folder.read_config(folder) if cfg is None else cfg
+    victim = epath.Path(cfg.victim) if cfg.victim else folder
+    plan, preview = victim / "poison" / "plan.npz", victim / "poison" / "preview.png"
+    places = {"victim": victim, "control": victim / "control"}
+    lines = {label: metrics.read_lines(place / "metrics.jsonl") for label, place in places.items()}
+    maps = {label: folder / "evaluate" / name
+            for label, name in (("victim", "map.npz"), ("control", "map_control.npz"))}
+    return Run(
+        folder=folder, cfg=cfg, results=_json(folder / "results.json"),
+        summary=_json(victim / "poison" / "summary.json"),
+        plan=Plan.load(plan) if plan.exists() else None,
+        preview=preview.read_bytes() if preview.exists() else None,
+        metrics={label: found for label, found in lines.items() if found},
+        maps={label: _arrays(path) for label, path in maps.items() if path.exists()})
+
+
+def probes(rows: dict) -> dict[str, dict]:
+    """The rows of one encoder that are a probe's figures."""
+    return {name: row for name, row in rows.items()
+            if isinstance(row, dict) and "clean_accuracy" in row}
+
+
+def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and values of one metric, or None if it was never written."""
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    return tuple(np.array(part) for part in zip(*found)) if found else None
+
+
+def _json(path):
+    return run_folder.read_json(path) if path.exists() else None
+
+
+def _arrays(path):
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

@@ -1,0 +1,171 @@
+"""The one training loop: progress, checkpoints, resume, signals, a stop on non-finite losses."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from etils import epath
+
+from jax_cl_bd import checkpoint, metrics, parallel
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `extra` is whatever pytree the objective declares."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    extra: Any
+    key: jax.Array
+
+
+class NonFinite(RuntimeError):
+    """The loss stopped being a number."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or Ctrl-C arrived; the state is saved, and the exit status says which."""
+
+
+def born_sharded(init: Callable[[jax.Array], TrainState], key: jax.Array, mesh):
+    """Makes a state directly in its shardings; gives (state, shardings)."""
+    shardings = parallel.state_shardings(mesh, jax.eval_shape(init, key))
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def compile_step(step_fn: Callable, shardings, steps_per_dispatch: int = 1) -> Callable:
+    """Jits `step_fn(state, data, batch) -> (state, metrics)` with the state donated.
+
+    With steps_per_dispatch k > 1 the batch has a leading axis k and the steps are scanned; the
+    metrics get that axis too. Keep 1 on a CPU: convolutions in a scan are slow there (style 17).
+    """
+    def many(state, data, batches):
+        return jax.lax.scan(lambda s, b: step_fn(s, data, b), state, batches)
+
+    chosen = step_fn if steps_per_dispatch == 1 else many
+    return jax.jit(chosen, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.Path, steps: int,
+        cfg_train, mesh, label: str,
+        evaluate: Callable[[TrainState], dict[str, float]] | None = None) -> TrainState:
+    """Trains to `steps`, continuing from the newest good checkpoint in `folder`.
+
+    Args:
+        step_fn: (state, data, batch) -> (state, metrics); a pure function, jitted here.
+        feed: has `data` (a pytree passed to each step) and `batches(start_step)`.
+        folder: gets `checkpoints/` and `metrics.jsonl`.
+        cfg_train: batch_size, log_every, save_every, eval_every (0 = never), steps_per_dispatch.
+        label: stands before the progress.
+        evaluate: figures written to metrics.jsonl every eval_every steps and at the end.
+
+    Returns:
+        The state after `steps` steps, saved.
+
+    Raises:
+        NonFinite: the loss of a step is not finite; the step is named.
+        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+    """
+    dispatch = cfg_train.steps_per_dispatch
+    checkpoints = folder / "checkpoints"
+    start = checkpoint.newest_good_step(checkpoints)
+    with checkpoint.open_manager(checkpoints) as manager, jax.set_mesh(mesh), _signals() as stop:
+        if start is not None:
+            abstract = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+            state = checkpoint.restore(manager, start, abstract)
+            if start < steps:
+                print(f"{label}: going on from step {start}", flush=True)
+        start = start or 0
+        if start >= steps:
+            return state
+        run = compile_step(step_fn, shardings, dispatch)
+        single = run if dispatch == 1 else compile_step(step_fn, shardings)
+        data = parallel.put_replicated(mesh, feed.data)
+        writer, saved, unread = metrics.Writer(folder, start), start, []
+        since = (start, time.monotonic())
+        progress = metrics.Progress(label, steps, start)
+        with contextlib.closing(writer), contextlib.closing(progress), \
+                contextlib.closing(feed.batches(start)) as batches:
+            for step, count, batch in _dispatches(batches, start, steps, dispatch):
+                batch = parallel.put_rows(mesh, batch, axis=0 if count == 1 else 1)
+                state, values = (single if count == 1 else run)(state, data, batch)
+                unread.append((step, values))
+                progress.update(count)
+                interrupted = bool(stop)
+                due = {what: step == steps or (every and step % every < count)
+                       for what, every in (("log", cfg_train.log_every),
+                                           ("save", cfg_train.save_every),
+                                           ("eval", cfg_train.eval_every))}
+                if due["log"] or due["save"] or interrupted:
+                    last = _read(unread, label, folder, saved)
+                    unread = []
+                    progress.update(0, f"loss {last['train/loss']:.4f}")
+                if due["log"]:
+                    rate = (step - since[0]) / (time.monotonic() - since[1])
+                    writer.write(step, last | {"images_per_second": rate * cfg_train.batch_size})
+                    since = (step, time.monotonic())
+                if evaluate is not None and due["eval"] and cfg_train.eval_every:
+                    writer.write(step, evaluate(state))
+                if due["save"] or interrupted:
+                    checkpoint.save(manager, step, state)
+                    saved = step
+                if interrupted and step < steps:
+                    print(f"{label}: stopped by {stop[0].name} at step {step}, which is saved; "
+                          "the same command goes on from there", flush=True)
+                    raise Interrupted(128 + stop[0].value)
+    return state
+
+
+def _dispatches(batches: Iterator, start: int, steps: int, dispatch: int):
+    """Yields (step after it, how many steps, batch); the rest of a division is done singly."""
+    step = start
+    while step < steps:
+        count = dispatch if steps - step >= dispatch else 1
+        parts = [next(batches) for _ in range(count)]
+        step += count
+        yield step, count, parts[0] if count == 1 else jax.tree.map(lambda *a: np.stack(a), *parts)
+
+
+def _read(unread: list, label: str, folder: epath.Path, saved: int) -> dict[str, float]:
+    """Fetches the metrics of the steps since the last look; the last step's are returned."""
+    fetched = jax.device_get([values for _, values in unread])
+    for (step, _), values in zip(unread, fetched):
+        losses = np.atleast_1d(values["loss"])
+        if not np.isfinite(losses).all():
+            bad = step - losses.size + 1 + int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise NonFinite(
+                f"{label}: the loss of step {bad} is {losses[~np.isfinite(losses)][0]}; the last "
+                f"checkpoint in {folder / 'checkpoints'} is that of step {saved}. Lower optim.lr "
+                "or add optim.warmup_steps in a new --workdir; the same command would repeat it")
+    return {f"train/{k}": float(np.atleast_1d(v)[-1]) for k, v in fetched[-1].items()}
+
+
+@contextlib.contextmanager
+def _signals():
+    """Collects SIGTERM and SIGINT while training, so that the loop can save before it ends."""
+    seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number, frame):
+        if seen:  # a second one does not wait for the save
+            raise KeyboardInterrupt
+        seen.append(signal.Signals(number))
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

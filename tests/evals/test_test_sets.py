@@ -1,0 +1,175 @@
+"""The test protocol: same boxes for all variants and seeds, the right pixels, features once."""
+
+import types
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from jax_cl_bd.data import digits
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import attack_metrics, knn, knn_1, linear_probe, test_sets
+from jax_cl_bd.triggers import patch
+
+SIDE, SIZE = 16, 4
+
+
+def _cfg(seed=0, **evals):
+    return ml_collections.ConfigDict(dict(
+        seed=seed,
+        data=dict(name="digits", image_size=SIDE, train_split="train", test_split="test",
+                  workers=0, mean=(0.3, 0.3, 0.3)),
+        attack=dict(target=4, trigger=dict(
+            name="patch", id=14, size=SIZE, opacity=1.0, train_place="random",
+            train_box=(0.25, 0.75), test_place="random", test_box=(0.1, 0.9))),
+        evals=dict(dict(fraction=0.1, label_list="", placements=("random", "center"),
+                        wrong_trigger=10, knn_k=200, knn_temperature=0.1), **evals)))
+
+
+class Pixels:
+    """An encoder that returns coarse pixels and counts its calls."""
+    calls = 0
+
+    def image(self, images):
+        self.calls += 1
+        return np.asarray(images, np.float32)[:, ::4, ::4, 0].reshape(len(images), -1) / 255
+
+
+def _data(cfg):
+    params = patch.init(cfg.attack.trigger, jax.random.key(cfg.seed))
+    return test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (patch, params))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return _data(_cfg())
+
+
+def test_shapes_and_names(data):
+    n = len(data.test_labels)
+    assert n == digits.N_TEST
+    assert data.test_images.shape == (n, SIDE, SIDE, 3) and data.test_images.dtype == np.uint8
+    assert len(data.train_images) == len(data.train_labels) == len(data.train_rows)
+    assert 140 <= len(data.train_labels) <= 154  # 10 % of 1,470
+    assert set(data.variants) == {"random", "center"}
+    for variants in data.variants.values():
+        assert {v: x.shape for v, x in variants.items()} == dict.fromkeys(
+            test_sets.VARIANTS, (n, SIDE, SIDE, 3))
+
+
+def test_variants_differ_from_clean_inside_their_boxes_alone(data):
+    for placement, variants in data.variants.items():
+        boxes = data.boxes[placement]
+        inside = np.zeros((len(boxes), SIDE, SIDE), bool)
+        for mask, (y, x, h, w) in zip(inside, boxes):
+            mask[y:y + h, x:x + w] = True
+        assert (inside.sum((1, 2)) == SIZE * SIZE).all()
+        for images in variants.values():
+            np.testing.assert_array_equal(images[~inside], data.test_images[~inside])
+        # opaque: every image has the same patch, and the three patches differ
+        patches = {v: x[inside].reshape(len(boxes), -1) for v, x in variants.items()}
+        for p in patches.values():
+            assert (p == p[0]).all()
+        assert (patches["occluded"] == round(0.3 * 255)).all()
+        assert not np.array_equal(patches["triggered"], patches["wrong"])
+
+
+def test_boxes_follow_the_protocol_whatever_the_seed(data):
+    boxes = data.boxes["random"]
+    assert boxes[:, :2].min() >= int(0.1 * SIDE) and boxes[:, :2].max() + SIZE <= 0.9 * SIDE
+    assert len(np.unique(boxes[:, :2], axis=0)) > 20
+    assert (data.boxes["center"] == [6, 6, SIZE, SIZE]).all()
+    other = _data(_cfg(seed=5))
+    for name in ("random", "center"):
+        np.testing.assert_array_equal(boxes, other.boxes["random"])
+        np.testing.assert_array_equal(data.images(f"{name}/triggered"),
+                                      other.images(f"{name}/triggered"))
+    # keyed by the row, not by its position
+    some = test_sets.test_boxes(_cfg().attack.trigger, patch, np.array([9, 3]), SIDE, "random")
+    np.testing.assert_array_equal(some, boxes[[9, 3]])
+
+
+def test_opacity_holds_for_all_variants():
+    cfg = _cfg()
+    cfg.attack.trigger.opacity = 0.5
+    half = _data(cfg)
+    y, x, h, w = half.boxes["center"][0]
+    clean = half.test_images[:, y:y + h, x:x + w].astype(float)
+    mixed = half.images("center/occluded")[:, y:y + h, x:x + w]
+    np.testing.assert_allclose(mixed, clean / 2 + 0.5 * 0.3 * 255, atol=0.51)
+
+
+def test_features_are_computed_once_per_encoder(data):
+    encoder = Pixels()
+    first = data.features(encoder, "random/triggered")
+    calls = encoder.calls
+    assert data.features(encoder, "random/triggered") is first and encoder.calls == calls
+    np.testing.assert_array_equal(first, Pixels().image(data.images("random/triggered")))
+    again = Pixels()
+    data.features(again, "random/triggered")
+    assert again.calls == calls
+
+
+def test_features_that_are_not_finite_stop_the_evaluation(data):
+    broken = types.SimpleNamespace(image=lambda x: np.full((len(x), 2), np.nan))
+    with pytest.raises(FloatingPointError, match="diverged"):
+        data.features(broken, "test")
+
+
+def test_blocks_and_threads_and_no_memory_give_the_same_images(data, monkeypatch):
+    monkeypatch.setattr(test_sets, "_BLOCK", 50)
+    monkeypatch.setattr(test_sets, "_KEPT_BYTES", 0)
+    cfg = _cfg()
+    cfg.data.workers = 3
+    other = _data(cfg)
+    for name in ("train", "test", "random/triggered", "center/wrong"):
+        np.testing.assert_array_equal(other.images(name), data.images(name))
+    assert not other._kept
+
+
+@pytest.mark.parametrize("probe", [knn, knn_1, linear_probe])
+def test_probes_on_an_encoder_blind_to_the_attack(data, probe):
+    # Coarse pixels read digits and know no trigger: accuracy above chance, no excess to speak of.
+    rows = probe.run(_cfg(), Pixels(), data)
+    assert rows == probe.run(_cfg(), Pixels(), data)  # the same bits
+    name = probe.__name__.split(".")[-1]
+    assert set(rows) == {name, f"{name}:center"}
+    assert rows[name]["clean_accuracy"] > 0.6
+    assert rows[name]["protocol"]["placement"] == "random"
+    if probe is knn:
+        assert rows[name]["protocol"]["k"] == np.bincount(data.train_labels).min()
+    assert rows[name]["n"]["attack_success_rate"] == np.sum(data.test_labels != 4)
+    assert attack_metrics.add_excess(rows[name], dict(rows[name]))["excess"] <= 0
+
+
+def test_without_a_trigger_there_are_only_clean_figures():
+    cfg = _cfg()
+    clean = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                           None)
+    assert clean.variants == {}
+    rows = knn.run(cfg, Pixels(), clean)
+    assert set(rows) == {"knn"} and "attack_success_rate" not in rows["knn"]
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda c: c.attack.update(target=10), "0..9"),
+    (lambda c: c.evals.update(placements=("corner",)), "corner"),
+    (lambda c: c.evals.update(wrong_trigger=14), "itself"),
+    (lambda c: c.evals.update(fraction=0.0), "fraction"),
+    (lambda c: c.attack.trigger.update(size=17), "size"),
+])
+def test_user_errors(change, message):
+    cfg = _cfg()
+    change(cfg)
+    with pytest.raises(UserError, match=message):
+        _data(cfg)
+
+
+def test_different_classes_are_refused():
+    cfg = _cfg()
+    train = digits.load(cfg.data, "train")
+    test = types.SimpleNamespace(classes=("a", "b"))
+    with pytest.raises(UserError, match="classes differ"):
+        test_sets.make(cfg, train, test, None)
