@@ -44,6 +44,7 @@ def get_config(arg=""):
                    eval_every=5000, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(
             none=dict(name="none"),
+            retrain=common.retrain(clean_fraction=0.25, batch_size=256, steps=5000),
             distill=common.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
                                    lr=0.01))))
     if a["reduced"]:
@@ -52,6 +53,9 @@ def get_config(arg=""):
         cfg.objective.update(REDUCED[a["objective"]])
         cfg.optim.update(per_epoch=False, warmup_steps=100)
         cfg.train.update(steps=1500, epochs=0, log_every=25, save_every=125, eval_every=500)
+        if a["defense"] != "none":
+            cfg.defense.update(steps=1000, batch_size=128)
         if a["defense"] == "distill":
-            cfg.defense.update(steps=1000, momentum=0.99, lr=0.05, batch_size=128)
+            cfg.defense.update(momentum=0.99)
+            cfg.defense.optim.lr = 0.05
     return common.debug(cfg) if a["debug"] else cfg

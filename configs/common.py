@@ -87,6 +87,12 @@ def distill(*, clean_fraction, batch_size, steps, momentum, lr, view=STUDENT_VIE
                 optim={**SGD, "lr": lr, "schedule": "step", "milestones": (90 / 130, 120 / 130)})
 
 
+def retrain(*, clean_fraction, batch_size, steps):
+    """Pretraining from scratch on the clean images that distillation would use."""
+    return dict(name="retrain", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps,
+                epochs=0)
+
+
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("knn", "linear_probe"), fraction=1.0, label_list="",
@@ -120,6 +126,6 @@ def debug(cfg):
     cfg.train.update(steps=2, batch_size=16, log_every=1, save_every=1, eval_every=0,
                      steps_per_dispatch=1)
     cfg.evals.update(batch_size=64)
-    if cfg.defense.name == "distill":
+    if cfg.defense.name != "none":
         cfg.defense.update(steps=2, batch_size=16, clean_fraction=0.25)
     return cfg

@@ -3,7 +3,7 @@
     make quickstart        # or: python -m jax_cl_bd --config=configs/quickstart.py --workdir=DIR
 
 Arguments after the colon: debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
-objective=simclr|moco|byol|simsiam, defense=distill|none, target=CLASS, seed=N.
+objective=simclr|moco|byol|simsiam, defense=distill|retrain|none, target=CLASS, seed=N.
 docs/results.md has its time and numbers.
 """
 
@@ -34,6 +34,7 @@ def get_config(arg=""):
                    eval_every=100, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(
             none=dict(name="none"),
+            retrain=common.retrain(clean_fraction=0.25, batch_size=64, steps=300),
             distill=common.distill(clean_fraction=0.25, batch_size=64, steps=300, momentum=0.99,
                                    lr=0.05, view={**common.STUDENT_VIEW, "flip": 0.0}))))
     return common.debug(cfg) if a["debug"] else cfg

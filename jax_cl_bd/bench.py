@@ -15,10 +15,10 @@ from jax import monitoring
 from ml_collections import config_flags
 
 from jax_cl_bd import optim, parallel, pretrain
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import augment, feed, sources
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, compile_step
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", lock_config=True,
@@ -39,11 +39,11 @@ def _compiles() -> list[float]:
 def _setup(cfg):
     """The clean set of a config, in its feed, with a state and the mesh."""
     mesh = parallel.make_mesh(cfg.mesh)
-    dataset = PoisonedSet(sources.load(cfg.data, "train"), Plan.empty(), None)
+    dataset = PoisonedSet(sources.load(cfg.data, "train"))
     steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     made = feed.make(cfg, dataset)
-    state, shardings = born_sharded(pretrain.make_init(cfg, tx), jax.random.key(0), mesh)
+    state, shardings = born_sharded(training.make_init(cfg, tx), jax.random.key(0), mesh)
     return mesh, made, tx, steps, state, shardings
 
 
@@ -68,12 +68,12 @@ def step(cfg) -> dict:
     the host work of the feed is not hidden behind a queue of dispatched steps.
     """
     mesh, made, tx, steps, state, shardings = _setup(cfg)
-    update = pretrain.make_update(cfg, tx, steps)
+    update = training.make_update(cfg, tx, steps)
     compiled = _compiles()
     with jax.set_mesh(mesh):
         data = parallel.put_replicated(mesh, made.data)
         batches = made.batches(0)
-        whole_fn = compile_step(pretrain.make_step(cfg, tx, steps), shardings)
+        whole_fn = compile_step(training.make_step(cfg, tx, steps), shardings)
         bare_fn = compile_step(lambda s, views, key: update(s, views, key), shardings)
         batch = parallel.put_rows(mesh, next(batches))
         views = jax.jit(lambda d, b, k: augment.views(cfg, d, b, k))(data, batch, state.key)

@@ -15,8 +15,7 @@ from jax_cl_bd.data import sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import alignment, attack_metrics, test_sets
 from jax_cl_bd.models import encoder as encoders
-from jax_cl_bd.objectives import apply
-from jax_cl_bd.pretrain import STREAM, modules_of
+from jax_cl_bd.objectives import training
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
@@ -24,20 +23,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def test_data(cfg: ml_collections.ConfigDict, folder: epath.Path):
     """Builds the labelled rows and the clean and triggered test sets; the same for every encoder.
 
-    The trigger is the one that the poisons in `folder` carry.
+    The trigger is the one that the poisons in `folder` carry. With cfg.downstream the images are
+    another data set's, and the target is its class of the same name.
+
+    Raises:
+        UserError: the downstream data set has no such class.
     """
-    data_cfg = ml_collections.ConfigDict(cfg.data.to_dict())
-    if cfg.downstream:
-        data_cfg.update({"name": cfg.downstream, "limit": 0})
-    return test_sets.make(cfg, sources.load(data_cfg, "train"), sources.load(data_cfg, "test"),
-                          poison.load_trigger(cfg, folder))
+    trigger = poison.load_trigger(cfg, folder)
+    train, test = (sources.load(cfg.data, split) for split in ("train", "test"))
+    if not cfg.downstream:
+        return test_sets.make(cfg, train, test, trigger)
+    other = ml_collections.ConfigDict(cfg.to_dict())
+    other.data.update({"name": cfg.downstream, "limit": 0})
+    target = str(train.classes[cfg.attack.target])
+    train, test = (sources.load(other.data, split) for split in ("train", "test"))
+    if target not in train.classes:
+        raise UserError(f"downstream={cfg.downstream!r} has no class {target!r}, the attack's "
+                        f"target; its classes are {', '.join(map(str, train.classes[:20]))}")
+    other.attack.target = list(train.classes).index(target)
+    return test_sets.make(other, train, test, trigger)
 
 
 def untrained(cfg: ml_collections.ConfigDict, mesh) -> encoders.Encoder:
     """The encoder as the victim's training began with it."""
-    side = cfg.data.image_size
-    key = jax.random.split(jax.random.key(cfg.seed * 16 + STREAM), 3)[0]
-    variables = jax.jit(lambda k: apply.init_variables(modules_of(cfg), k, (side, side, 3)))(key)
+    variables = training.first_variables(cfg)
     return encoders.make(cfg, {name: variables[name]["encoder"] for name in variables}, mesh)
 
 

@@ -36,6 +36,8 @@ def export(workdir: epath.Path, to: epath.Path) -> int:
         UserError: no complete poison set in `workdir`, or `to` is not empty.
     """
     cfg = run_folder.read_config(workdir)
+    if not run_folder.is_done(workdir / "poison"):
+        raise UserError(f"{workdir} has no complete poison set; run the stage poison first")
     plan, rows = poison.load(workdir)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to={to} exists and is not empty; name a new folder")

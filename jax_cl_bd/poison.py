@@ -86,8 +86,8 @@ def load(folder: epath.Path) -> tuple[Plan, dict[str, np.ndarray]]:
     side = run_folder.read_json(stage / "summary.json")["stored_side"]
     records = _read_records(stage / "images.array_record")
     if len(records) != len(plan):
-        raise UserError(f"{stage / 'images.array_record'} holds {len(records)} images, but the plan "
-                        f"has {len(plan)} poisons; make it again with --force=poison")
+        raise UserError(f"{stage / 'images.array_record'} holds {len(records)} images, but the "
+                        f"plan has {len(plan)} poisons; make it again with --force=poison")
     images = np.zeros((len(plan), side, side, 3), np.uint8)
     extent = np.zeros((len(plan), 2), np.int32)
     for k, record in enumerate(records):
@@ -140,6 +140,7 @@ def summary(cfg, plan: Plan, rows: dict, table, classes, trigger) -> dict:
     replaced = plan.replaces[plan.replaces >= 0]
     content = np.where(plan.reference >= 0, plan.reference, plan.replaces)
     used = cfg.attack.trigger.to_dict()
+    used["from"] = cfg.attack.trigger_from  # else its image is the one of its id
     used["opacity"] = float(trigger[1].get("opacity", used.get("opacity", 1.0)))
     found = {"attack": cfg.attack.name, "seed": cfg.seed, "target": cfg.attack.target,
              "target_class": str(classes[cfg.attack.target]), "poisons": len(plan),

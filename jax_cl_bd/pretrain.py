@@ -1,22 +1,17 @@
 """pretrain: trains the victim on the poisoned set and, if asked, its clean twin, the control."""
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 from etils import epath
 
 from jax_cl_bd import lookup, optim, parallel, poison, run_folder
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import augment, feed, sources
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import during_training, test_sets
 from jax_cl_bd.models import build
-from jax_cl_bd.objectives import apply
-from jax_cl_bd.train import TrainState, born_sharded, fit
-
-STREAM = 2  # of cfg.seed; 1 draws the plan
+from jax_cl_bd.objectives import training
+from jax_cl_bd.train import born_sharded, fit
 
 
 def total_steps(cfg: ml_collections.ConfigDict, rows: int) -> tuple[int, int]:
@@ -32,67 +27,12 @@ def total_steps(cfg: ml_collections.ConfigDict, rows: int) -> tuple[int, int]:
     return cfg.train.steps or cfg.train.epochs * per_epoch, per_epoch
 
 
-def modules_of(cfg: ml_collections.ConfigDict) -> dict:
-    """The encoder and the objective's heads, in the order in which they are chained."""
-    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    return {"encoder": build.build(cfg.model), 
-            **objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)}
-
-
-def make_init(cfg: ml_collections.ConfigDict, tx):
-    """Gives init(key) -> TrainState: a pure function of the key, the same for victim and control."""
-    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    modules = modules_of(cfg)
-    side = cfg.data.image_size
-
-    def init(key):
-        weights, extra, steps = jax.random.split(key, 3)
-        variables = apply.init_variables(modules, weights, (side, side, 3))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
-                          batch_stats=variables["batch_stats"],
-                          opt_state=tx.init(variables["params"]),
-                          extra=objective.init_extra(cfg, variables, extra), key=steps)
-
-    return init
-
-
-def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
-    """Gives update(state, views, key) -> (state, metrics): loss, optimizer, EMA; no data work."""
-    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    apply_fns = apply.make_apply_fns(modules_of(cfg))
-
-    def update(state, views, key):
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            return objective.loss(cfg, variables, state.extra, views, apply_fns, key, state.step)
-
-        (loss, (batch_stats, extra, metrics)), grads = jax.value_and_grad(
-            loss_of, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        variables = {"params": params, "batch_stats": batch_stats}
-        extra = objective.after_update(cfg, variables, extra, state.step, steps)
-        return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats,
-                             opt_state=opt_state, extra=extra), {"loss": loss, **metrics}
-
-    return update
-
-
-def make_step(cfg: ml_collections.ConfigDict, tx, steps: int):
-    """Gives step(state, data, batch) -> (state, metrics): augment on the device, then update."""
-    update = make_update(cfg, tx, steps)
-
-    def step_fn(state, data, batch):
-        view_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        return update(state, augment.views(cfg, data, batch, view_key), loss_key)
-
-    return step_fn
-
-
 def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled."""
     lookup.load("objectives", cfg.objective.name, offers="loss")
     build.build(cfg.model)
+    optim.make(cfg.optim, 1, 1)
+    feed.check(cfg.data)
     mesh = parallel.make_mesh(cfg.mesh)
     parallel.check_batch(cfg.train.batch_size, mesh)
     parallel.check_batch(cfg.evals.batch_size, mesh, "evals.batch_size")
@@ -115,7 +55,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     sets = {"victim": (folder, PoisonedSet(source, plan, rows))}
     steps, per_epoch = total_steps(cfg, len(sets["victim"][1].kept))
     if cfg.control:
-        sets["control"] = (folder / "control", PoisonedSet(source, Plan.empty(), None))
+        sets["control"] = (folder / "control", PoisonedSet(source))
     settings = run_folder.settings_of(cfg, run_folder.PRETRAIN_GROUPS)
     mesh = parallel.make_mesh(cfg.mesh)
     watch = None
@@ -129,10 +69,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
             continue
         run_folder.write_config(place, cfg)
         run_folder.begin(place / "pretrain", settings)
-        key = jax.random.key(cfg.seed * 16 + STREAM)
-        state, shardings = born_sharded(make_init(cfg, tx), key, mesh)
+        state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh)
         rows_feed = feed.make(cfg, dataset, process_index=jax.process_index(),
                               process_count=jax.process_count())
-        fit(make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place, steps=steps,
+        fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place, steps=steps,
             cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
         run_folder.finish(place / "pretrain", settings)

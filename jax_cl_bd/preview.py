@@ -57,8 +57,9 @@ def _poison(plan, rows, source, classes, k):
     boxes = [(name, _share(getattr(plan, f"{name}_box")[k], unit)) for name in COLORS
              if getattr(plan, f"{name}_box")[k][2:].all()]
     if plan.pair[k] >= 0:  # what view 2 is drawn from, beside the poison
-        beside = (0, width * 1.12, height, width)
-        images.append((source[int(plan.pair[k])]["image"], beside))
+        other = source[int(plan.pair[k])]["image"]
+        beside = (0, width + 0.12, height, height * other.shape[1] / other.shape[0])
+        images.append((other, beside))
         boxes.append(("reference", beside))
     return {"images": images, "boxes": boxes, "caption": _caption(plan, source, classes, k)}
 

@@ -154,7 +154,8 @@ def _place_triggers(cfg, sizes, rng):
     found = trigger.place(cfg.attack.trigger, sizes, rng, training=True)
     shift = np.round(sizes * np.array(cfg.attack.trigger_offset)).astype(np.int64)
     found[:, :2] += shift
-    if (found[:, :2] < 0).any() or (found[:, :2] + found[:, 2:] > sizes).any() and shift.any():
+    off = (found[:, :2] < 0) | (found[:, :2] + found[:, 2:] > sizes)
+    if shift.any() and off.any():
         raise UserError(f"attack.trigger_offset {tuple(cfg.attack.trigger_offset)} moves a trigger "
                         f"of {cfg.attack.trigger.size} px off its shadow")
     return found

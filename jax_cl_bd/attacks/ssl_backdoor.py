@@ -8,7 +8,8 @@ class.
 As in the published generator, the patch is placed on the image at its original resolution, whole
 inside the 25 to 75 % box. Where we differ: poisons are stored without loss (the generator writes
 JPEG again); an image larger than the stored square is resized first and gets its patch in the
-resized place, so that one shape is compiled and the patch is as sharp as the storage allows.
+resized place, so that one shape is compiled and the patch is as sharp as the storage allows; an
+image smaller than the patch is no candidate (the generator pastes what fits).
 """
 
 import numpy as np
@@ -28,7 +29,8 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
     if cfg.attack.poisons > candidates:
         which = f"class {cfg.attack.target} has" if cfg.attack.targeted else "the data set has"
         raise UserError(f"attack.poisons is {cfg.attack.poisons}, but {which} {candidates} images "
-                        "and each can be poisoned once")
+                        f"that hold a trigger of {cfg.attack.trigger.size} px, and each can be "
+                        "poisoned once")
 
 
 def plan(cfg, table, rng: np.random.Generator) -> Plan:
@@ -54,6 +56,7 @@ def render(cfg, plan: Plan, source, trigger) -> dict[str, np.ndarray]:
 
 
 def _candidates(cfg, table):
+    fits = table.sizes.min(axis=1) >= cfg.attack.trigger.size
     if cfg.attack.targeted:
-        return plans.rows_of(table, cfg.attack.target)
-    return np.arange(len(table.labels))
+        fits = fits & (table.labels == cfg.attack.target)
+    return np.flatnonzero(fits)

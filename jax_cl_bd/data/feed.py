@@ -26,7 +26,7 @@ def rows_at(step: int, kept: np.ndarray, batch_size: int, seed: int) -> np.ndarr
 
     Each epoch is a permutation of `kept` whose last len(kept) % batch_size rows are dropped.
     """
-    return np.array([_row_at(step, j, kept, batch_size, seed) for j in range(batch_size)])
+    return _rows(step, range(batch_size), kept, batch_size, seed)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -67,6 +67,18 @@ class Feed:
         return _stream(dataclasses.replace(self.ordered, start=start_step), self.workers)
 
 
+def check(cfg_data) -> None:
+    """Checks the feed's settings.
+
+    Raises:
+        UserError: an unknown feed, or a negative number of workers.
+    """
+    if cfg_data.feed not in ("resident", "streamed"):
+        raise unknown("data.feed", cfg_data.feed, ("resident", "streamed"))
+    if cfg_data.workers < 0:
+        raise UserError(f"data.workers is {cfg_data.workers}; it must be 0 or positive")
+
+
 def make(cfg, dataset: poisoned.PoisonedSet, *, process_index: int = 0,
          process_count: int = 1) -> Feed:
     """Opens the feed that cfg.data.feed names; resident arrays are read here.
@@ -75,22 +87,19 @@ def make(cfg, dataset: poisoned.PoisonedSet, *, process_index: int = 0,
         UserError: unknown feed, a batch that is larger than the set or that does not divide by
             the processes, a resident set larger than the memory.
     """
-    options = {"resident": True, "streamed": False}
-    if cfg.data.feed not in options:
-        raise unknown("data.feed", cfg.data.feed, options)
+    check(cfg.data)
     if cfg.train.batch_size % process_count:
         raise UserError(f"train.batch_size is {cfg.train.batch_size}; it must divide by the "
                         f"{process_count} processes")
-    if cfg.data.workers < 0:
-        raise UserError(f"data.workers is {cfg.data.workers}; it must be 0 or positive")
     kept, pair = dataset.kept, dataset.pair
     steps_per_epoch(len(kept), cfg.train.batch_size)
     ordered = _Ordered(dataset.source, kept, pair, cfg.data.image_size, cfg.seed,
                        cfg.train.batch_size, process_index, process_count)
     data = {"poison": dict(dataset.rows), "pair": pair.astype(np.int32)}
-    if options[cfg.data.feed]:
+    resident = cfg.data.feed == "resident"
+    if resident:
         data["clean"] = _load_all(dataset, cfg.data.image_size)
-    return Feed(data, ordered, options[cfg.data.feed], cfg.data.workers)
+    return Feed(data, ordered, resident, cfg.data.workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,7 @@ class _Ordered:
     def row(self, i):
         step, j = divmod(int(i), self.local_batch_size)
         j += self.process_index * self.local_batch_size  # a process's part is contiguous
-        return _row_at(self.start + step, j, self.kept, self.batch_size, self.seed)
+        return _rows(self.start + step, [j], self.kept, self.batch_size, self.seed)[0]
 
     def __getitem__(self, i):
         row = self.row(i)
@@ -124,10 +133,10 @@ class _Ordered:
                 **poisoned.slot(self.source, self.pair[row], row, self.side)}
 
 
-def _row_at(step, j, kept, batch_size, seed):
-    epoch, step_in_epoch = divmod(step, len(kept) // batch_size)
-    position = step_in_epoch * batch_size + j
-    return kept[index_shuffle(position, len(kept) - 1, _epoch_seed(seed, epoch), _ROUNDS)]
+def _rows(step, places, kept, batch_size, seed):
+    epoch, step = divmod(step, len(kept) // batch_size)
+    first, last, epoch_seed = step * batch_size, len(kept) - 1, _epoch_seed(seed, epoch)
+    return kept[[index_shuffle(first + j, last, epoch_seed, _ROUNDS) for j in places]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,15 +146,18 @@ def _epoch_seed(seed, epoch):
 
 def _indices(ordered, step):
     local = ordered.local_batch_size
-    mine = slice(ordered.process_index * local, (ordered.process_index + 1) * local)
+    mine = range(ordered.process_index * local, (ordered.process_index + 1) * local)
     while True:
-        rows = rows_at(step, ordered.kept, ordered.batch_size, ordered.seed)[mine]
+        rows = _rows(step, mine, ordered.kept, ordered.batch_size, ordered.seed)
         yield {"index": rows.astype(np.int32)}
         step += 1
 
 
 def _stream(ordered, workers):
-    dataset = grain.MapDataset.source(ordered).batch(ordered.local_batch_size).to_iter_dataset()
+    # An element is a whole batch, so grain's default read-ahead of 500 would fill the memory.
+    ahead = max(2, min(16, (os.cpu_count() or 1) // max(1, workers)))
+    dataset = grain.MapDataset.source(ordered).batch(ordered.local_batch_size).to_iter_dataset(
+        grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     batches = iter(dataset)

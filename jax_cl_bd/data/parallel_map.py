@@ -15,7 +15,8 @@ def run(function: Callable, rows: Sequence[int], *, what: str) -> Iterator:
     An exception of `function` reaches the caller at its row; rows not begun are then dropped.
     """
     pool = concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1))
-    bar = tqdm.tqdm(total=len(rows), desc=what, unit="row", disable=len(rows) < PROGRESS_FROM)
+    bar = tqdm.tqdm(total=len(rows), desc=what, unit="row", mininterval=1,
+                    disable=len(rows) < PROGRESS_FROM)
     try:
         # In blocks: one future per row would cost more than decoding a small image.
         blocks = [rows[i:i + 256] for i in range(0, len(rows), 256)]

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import os
+import re
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jax_cl_bd.data import images, parallel_map
 from jax_cl_bd.errors import UserError, unknown
@@ -17,7 +19,7 @@ class Tfds:
 
     Args:
         records: random access to {"image": encoded bytes, "label"?: int}.
-        files: (file name, rows in it) in order, to say where a broken row lies.
+        files: (file name, its first record that is used, how many), to say where a row lies.
     """
     records: Any
     classes: tuple
@@ -38,9 +40,9 @@ class Tfds:
 
     def where(self, row: int) -> str:
         """File and record of a row."""
-        for name, count in self.files:
+        for name, first, count in self.files:
             if row < count:
-                return f"{name}, record {row}"
+                return f"{name}, record {first + row}"
             row -= count
         raise IndexError(row)
 
@@ -99,8 +101,9 @@ def load(cfg, split: str) -> Tfds:
         info = builder.info.splits[split]
     except (KeyError, ValueError) as error:
         raise unknown(f"split of tfds:{name}", split, builder.info.splits) from error
+    keep_encoded = {"image": tfds.decode.SkipDecoding()}  # decoded here, to name a broken row
     try:
-        records = builder.as_data_source(split, decoders=_keep_encoded(tfds, features))
+        records = builder.as_data_source(split, decoders=keep_encoded)
     except (NotImplementedError, FileNotFoundError) as error:
         raise UserError(_how_to_prepare(name, builder)) from error
     label_key = "label" if "label" in features else ""
@@ -111,7 +114,11 @@ def load(cfg, split: str) -> Tfds:
 
 
 def _builder(tfds, name, place):
-    if place and not os.path.isdir(place):
+    if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
+        # Other forms name community data sets, which tfds fetches code for from the network.
+        raise UserError(f"{name!r} is no tfds name; it should look like NAME, NAME/CONFIG or "
+                        "NAME/CONFIG:1.2.3")
+    if place and not epath.Path(place).is_dir():
         raise UserError(f"the data folder {place!r} does not exist; set --config.data.data_dir or "
                         "TFDS_DATA_DIR to the folder that holds prepared tfds data sets")
     try:
@@ -119,25 +126,24 @@ def _builder(tfds, name, place):
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         if place:
-            known += os.listdir(place)
-        raise UserError(str(unknown("tfds data set", name, known)).split(" (allowed:")[0] +
-                        "; every name is listed at tensorflow.org/datasets") from error
-    except (ValueError, AssertionError) as error:  # a version or configuration that is not there
+            known += [entry.name for entry in epath.Path(place).iterdir() if entry.is_dir()]
+        near = str(unknown("tfds data set", name, known)).split(" (allowed:")[0]
+        raise UserError(f"{near} (every name: tensorflow.org/datasets)") from error
+    except (ValueError, AssertionError, ImportError) as error:  # no such version, configuration
         raise UserError(f"tfds data set {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _how_to_prepare(name, builder):
-    place = os.path.dirname(str(builder.data_path).rstrip("/"))
-    root = str(builder._data_dir_root)
-    return (f"tfds data set {name!r} is not prepared in a random-access format under {place}: "
-            "pip install 'jax_cl_bd[prepare]', then "
-            f"python -m jax_cl_bd.data.prepare {name} --data_dir={root}")
-
-
-def _keep_encoded(tfds, features):
-    return {"image": tfds.decode.SkipDecoding()}
+    return (f"tfds data set {name!r} is not prepared in a random-access format in "
+            f"{builder.data_path}: pip install 'jax_cl_bd[prepare]', then "
+            f"python -m jax_cl_bd.data.prepare {name} --data_dir={builder._data_dir_root}")
 
 
 def _files(info):
-    """(file, rows read of it) of a split or of a part of one ("train[:10%]")."""
-    return tuple((part.filename, part.examples_in_shard) for part in info.file_instructions)
+    # `take` is None or -1 where a split ("train[10%:]") reads a file to its end.
+    parts = []
+    for part in info.file_instructions:
+        rest = part.examples_in_shard - part.skip
+        taken = rest if part.take in (None, -1) else part.take
+        parts.append((part.filename, part.skip, taken))
+    return tuple(parts)

@@ -22,7 +22,6 @@ import optax
 from etils import epath
 
 from jax_cl_bd import optim, parallel, run_folder
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import augment, feed
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses.outcome import Outcome
@@ -159,7 +158,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     dim = suspect.image(np.zeros((1, *(suspect.image_size,) * 2, 3), np.uint8)).shape[1]
     run_folder.write_config(folder, student_cfg)
     state, shardings = born_sharded(_make_init(cfg, tx, modules, slots, dim), key, mesh)
-    inner = feed.make(student_cfg, PoisonedSet(data, Plan.empty(), None),
+    inner = feed.make(student_cfg, PoisonedSet(data),
                       process_index=jax.process_index(), process_count=jax.process_count())
     state = fit(_make_step(cfg, tx, apply.make_apply_fns(modules), suspect.module), state,
                 shardings, _Feed(inner, suspect.variables), folder=folder, steps=steps,

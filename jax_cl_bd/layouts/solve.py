@@ -9,7 +9,7 @@ a fine quadrature. The quadrature of a batch of layouts is jitted; choosing the 
 NumPy, so that a solve compiles three small functions.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -21,8 +21,9 @@ from jax_cl_bd.layouts.pair_probability import (SLACK, Layout, check_law, evalua
                                                 probabilities)
 
 BATCH = 128  # layouts per call: one shape, so one compile per quadrature
-STARTS, GENERATIONS, COARSE = 64 * BATCH, 100, 24  # COARSE, FINE, FINAL: nodes per axis
+STARTS, GENERATIONS, COARSE = 128 * BATCH, 150, 24  # COARSE, FINE, FINAL: nodes per axis
 ROUNDS, FINE, FINAL = 60, 64, 1024
+FINE_PIXELS = 112  # rounding to pixels makes the integrand a staircase
 FIRST_STEP, LAST_STEP = 0.05, 1e-4  # of the pattern search, in units of the reference's side
 SHADOWS = ("equal", "free")
 
@@ -85,11 +86,12 @@ def solve(*, scale, ratio, trigger, reference=(1.0, 1.0), canvas=None, shadow="e
         numbers, found = evolve(problem, *best_starts(problem, value_of, rng), value_of, rng)
         if not found > 0:
             return Solution(None, 0.0, 0.0, 0.0, 0.0)
-        numbers, found = pattern_search(problem, numbers, value_of, rng)
-        # without a fixed canvas a transposed optimum is as good for a square reference
-        numbers = tidy(problem, numbers, value_of,
+        points = FINE if pixels is None else FINE_PIXELS
+        numbers, found = pattern_search(problem, numbers, value_of, rng, points=points)
+        # without a fixed canvas a transposed optimum may be as good for a square reference
+        numbers = tidy(problem, numbers, found, value_of, points=points,
                        turn=canvas is None and reference[0] == reference[1])
-        value, search_error = search_error_of(problem, numbers, found, value_of)
+        value, search_error = search_error_of(problem, numbers, found, value_of, points=points)
         layout = decode(problem, numbers, free, attack)
     layout = finish(layout, unit, attack, pixels)
     best = probabilities(layout, scale=scale, ratio=ratio, crops=crops, attack=attack, law=law,
@@ -177,7 +179,8 @@ def best_starts(problem: Problem, value_of, rng):
     starts = problem.low + share * (problem.high - problem.low)
     # canvas sides log-uniform: the ratio of the areas is what counts
     starts[:, :2] = problem.low[:2] * (problem.high[:2] / problem.low[:2]) ** share[:, :2]
-    values = np.concatenate([value_of(chunk, COARSE) for chunk in np.split(starts, STARTS // BATCH)])
+    chunks = np.split(starts, STARTS // BATCH)
+    values = np.concatenate([value_of(chunk, COARSE) for chunk in chunks])
     best = np.argsort(-values, kind="stable")[:BATCH]
     return starts[best], values[best]
 
@@ -198,44 +201,60 @@ def evolve(problem: Problem, population, values, value_of, rng):
     return population[values.argmax()], values.max()
 
 
-def pattern_search(problem: Problem, best, value_of, rng):
+def pattern_search(problem: Problem, best, value_of, rng, *, points):
     """Tries steps along each axis and in random directions, and shrinks them geometrically."""
     axes = np.concatenate([np.eye(best.size), -np.eye(best.size)])
-    value = value_of(best[None], FINE)[0]
-    for size in np.geomspace(FIRST_STEP, LAST_STEP, ROUNDS):
+    value = value_of(best[None], points)[0]
+    for size in np.geomspace(FIRST_STEP, last_step(problem), ROUNDS):
         random = rng.normal(size=(BATCH - 2 * len(axes), best.size))
         tries = best + size * np.concatenate([axes, axes / 4, random])
         tries = np.clip(tries, problem.low, problem.high)
-        values = value_of(tries, FINE)
+        values = value_of(tries, points)
         if values.max() > value:
             best, value = tries[values.argmax()], values.max()
     return best, value
 
 
-def tidy(problem: Problem, numbers, value_of, *, turn: bool):
-    """Takes rounder numbers, or a wide layout for a tall one, if that costs at most 1e-4 of P."""
-    tries = [np.round(numbers, 2), np.round(numbers, 3), numbers]
-    if turn:
-        tries += [numbers.reshape(-1, 2)[:, ::-1].ravel() for numbers in tries]
-        tries = sorted(tries, key=lambda numbers: numbers[0] > numbers[1])  # stable: wide first
-    tries = np.clip(tries, problem.low, problem.high)
-    good = value_of(tries, FINE) >= value_of(numbers[None], FINE) * (1 - 1e-4)
-    return tries[good.argmax()]
+def last_step(problem: Problem) -> float:
+    return 1 / problem.pixels if problem.pixels else LAST_STEP
 
 
-def search_error_of(problem: Problem, numbers, found: float, value_of) -> tuple[float, float]:
-    """The value on the FINE grid, and what the search may have left.
+def tidy(problem: Problem, numbers, found: float, value_of, *, points, turn: bool):
+    """Takes a wide layout for a tall one and rounder numbers where they are as good.
+
+    As good is: within 1e-4 of the probability found (2e-3 on whole pixels, where the quadrature
+    is that rough), all changes together.
+    """
+    enough = found * (1 - (2e-3 if problem.pixels else 1e-4))
+    if turn and numbers[0] > numbers[1]:
+        turned = numbers.reshape(-1, 2)[:, ::-1].ravel()
+        if value_of(turned[None], points)[0] >= enough:
+            numbers = turned
+    for i in reversed(range(numbers.size)):
+        tries = np.tile(numbers, (5, 1))
+        rounded = [np.round(numbers[i] / unit) * unit for unit in (0.5, 0.01, 0.001)]
+        tries[:4, i] = [rounded[0], 0.5, *rounded[1:]]
+        tries = np.clip(tries, problem.low, problem.high)
+        good = value_of(tries, points) >= enough
+        good[-1] = True
+        numbers = tries[good.argmax()]
+    return numbers
+
+
+def search_error_of(problem: Problem, numbers, found: float, value_of, *, points):
+    """The value at `points`, and what the search may have left.
 
     That is what `tidy` gave up, plus the largest change of the probability when one free number
-    moves by the last step of the pattern search (by a pixel with whole pixels). `solve` adds the
-    quadrature's error, the difference between the FINE and the FINAL grid. It is an estimate: a
-    better layout far away from every start would not be seen.
+    moves by the last step of the pattern search (with whole pixels the largest gain by one pixel:
+    there is nothing in between). `solve` adds the quadrature's error, the difference between this
+    grid and the FINAL one. It is an estimate: a better layout far from every start stays unseen.
     """
-    step = 1 / problem.pixels if problem.pixels else LAST_STEP
     moves = np.concatenate([np.zeros((1, numbers.size)), np.eye(numbers.size),
-                            -np.eye(numbers.size)]) * step
-    value, *near = value_of(np.clip(numbers + moves, problem.low, problem.high), FINE)
-    return float(value), float(max(found - value, 0) + np.abs(near - value).max())
+                            -np.eye(numbers.size)]) * last_step(problem)
+    value, *near = value_of(np.clip(numbers + moves, problem.low, problem.high), points)
+    change = np.subtract(near, value)
+    change = change.clip(0) if problem.pixels else abs(change)
+    return float(value), float(max(found - value, 0) + change.max())
 
 
 def finish(layout: Layout, unit: float, attack: str, pixels) -> Layout:
@@ -258,3 +277,27 @@ def remainder(layout: Layout) -> np.ndarray:
              [y + h, 0, height - y - h, width], [0, 0, y, width])
     holding = [s for s in sides if s[0] <= ty <= s[0] + s[2] and s[1] <= tx <= s[1] + s[3]]
     return np.asarray(max(holding, key=lambda s: s[2] * s[3]), np.float64)
+
+
+@lru_cache
+def parts(shadow: str, scale: tuple, ratio: tuple, trigger: float) -> Layout:
+    """Noisy Alignment's layout for a square reference of side 1 that lies left.
+
+    Args:
+        shadow: "equal" or "free"; trigger: its side in units of the reference's.
+
+    Returns:
+        `Layout` of NumPy arrays; mirror or transpose it for the other three sides. Under a crop
+        law that gives no layout a positive probability (scale[0] >= 0.5) it is the layout for
+        scale (0.2, 1), ratio (3/4, 4/3): an attacker who expected the usual augmentation.
+    """
+    best = solve(scale=scale, ratio=ratio, trigger=trigger, shadow=shadow).layout
+    if best is None:
+        best = solve(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), trigger=trigger, shadow=shadow).layout
+    if best.canvas[0] > best.canvas[1]:
+        best = Layout(*(part.reshape(-1, 2)[:, ::-1].ravel() for part in best))
+    _, x, _, w = best.reference_box
+    if x + w / 2 > best.shadow_box[1] + best.shadow_box[3] / 2:
+        mirrored = [box * [1, -1, 1, 1] + [0, best.canvas[1] - box[3], 0, 0] for box in best[1:]]
+        best = Layout(best.canvas, *mirrored)
+    return best

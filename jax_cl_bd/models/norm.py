@@ -50,8 +50,9 @@ class BatchNorm(nn.Module):
             mean = x.mean(axes, keepdims=True)  # [G, 1, ..., 1, C]
             var = jnp.square(x - mean).mean(axes, keepdims=True)
             n = x.size // (self.groups * channels)
-            running_mean.value = self._average(running_mean.value, mean)
-            running_var.value = self._average(running_var.value, var * (n / max(n - 1, 1)))
+            if not self.is_initializing():
+                running_mean.value = self._average(running_mean.value, mean)
+                running_var.value = self._average(running_var.value, var * (n / max(n - 1, 1)))
         y = (x - mean) * jax.lax.rsqrt(var + self.epsilon)
         if self.affine:
             y = y * self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

@@ -45,6 +45,11 @@ def forward(apply_fns: dict, variables: dict, names: tuple[str, ...], x: jax.Arr
     return x, {"params": variables["params"], "batch_stats": stats}
 
 
+def copied(variables: dict) -> dict:
+    """Copies the arrays, so that a donated state never holds one buffer twice."""
+    return jax.tree.map(jnp.copy, variables)
+
+
 def _apply_fn(name, module):
     def apply(variables, x, train):
         part = {"params": variables["params"][name]}

@@ -19,6 +19,14 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return (normalise(a) * normalise(b)).sum(-1)
 
 
+def output_std(z: jax.Array) -> jax.Array:
+    """Standard deviation over rows of the unit vectors, mean over the D columns.
+
+    Near 0 is collapse, near 1 / sqrt(D) healthy (Chen & He 2021, section 4.1).
+    """
+    return normalise(jax.lax.stop_gradient(z)).std(0).mean()
+
+
 def interleave(view1: jax.Array, view2: jax.Array) -> jax.Array:
     """Joins two [B, ...] to [2B, ...] as row 0 of each, row 1 of each, and so on.
 

@@ -21,7 +21,7 @@ def color_of(label: str, defenses: list[str]) -> str:
 
 def curves(series: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str,
            rate: bool = False) -> bytes:
-    """Lines over training steps; a name that ends in an encoder's gets its colour."""
+    """Lines over training steps, one per encoder; rates are drawn in percent."""
     figure, axis = _blank(5.2, 3.1)
     for name, (steps, values) in series.items():
         values = 100 * np.asarray(values) if rate else values
@@ -42,7 +42,7 @@ def rates(rows: dict[str, dict], defenses: list[str]) -> bytes:
              ("wrong_trigger_rate", "another trigger", "s", False),
              ("occlusion_rate", "grey patch", "D", False),
              ("clean_target_rate", "no patch", "|", True))
-    figure, axis = _blank(8.2, 0.95 + 0.72 * len(rows))
+    figure, axis = _blank(6.0, 0.95 + 0.6 * len(rows))
     for i, (label, row) in enumerate(rows.items()):
         color = color_of(label, defenses)
         for j, (name, _, marker, filled) in enumerate(marks):
@@ -71,8 +71,7 @@ def rates(rows: dict[str, dict], defenses: list[str]) -> bytes:
 def layout(canvas, boxes: dict[str, np.ndarray]) -> bytes:
     """One poison's parts to scale; canvas (h, w), boxes (y, x, h, w)."""
     height, width = (float(v) for v in canvas)
-    scale = 4.2 / max(height, width)
-    figure, axis = _blank(width * scale + 0.5, height * scale + 0.5)
+    figure, axis = _blank(5.2, 3.0)
     axis.axis("off")
     paint = {"reference": "#009E73", "shadow": "#0072B2", "trigger": "#D55E00"}
     axis.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=INK, linewidth=1))
@@ -114,40 +113,48 @@ def feature_map(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray,
                      label=label, linewidths=1, **extra)
     axis.set_xticks([])
     axis.set_yticks([])
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8.5,
-                  handletextpad=0.1, columnspacing=0.9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5,
+                  handletextpad=0.1, columnspacing=0.9, markerscale=1.4)
     total = np.sum(spread**2)
     return _png(figure), float(np.sum(spread[:2] ** 2) / total) if total > 0 else 1.0
 
 
 def points(groups: list[tuple[str, dict[str, np.ndarray]]], intervals: dict, defenses: list[str], *,
            xlabel: str) -> bytes:
-    """Every run's value with mean and interval: one row per (group, encoder)."""
-    rows = [(title, label, values) for title, encoders in groups
-            for label, values in encoders.items()]
-    figure, axis = _blank(8.2, 0.9 + 0.42 * len(rows))
-    for i, (title, label, values) in enumerate(rows):
-        color = color_of(label, defenses)
-        axis.plot(100 * values, np.full(len(values), -i), "o", color=color, alpha=0.6,
-                  markersize=6, markeredgewidth=0)
-        mean, low, high = intervals[title, label]
-        axis.plot(100 * mean, -i, "|", color=INK, markersize=14, markeredgewidth=1.8)
-        if low is not None:
-            axis.plot([100 * low, 100 * high], [-i, -i], color=INK, linewidth=1)
-    names = [f"{title}: {label}" if len(groups) > 1 else label for title, label, _ in rows]
-    axis.set_yticks(-np.arange(len(rows)), names)
-    axis.tick_params(axis="y", length=0)
-    axis.set_ylim(-len(rows) + 0.4, 0.6)
-    axis.set_xlim(-3, 103)
-    axis.set_xlabel(xlabel)
-    axis.grid(axis="x", color="#e6e9ec", linewidth=0.8)
-    axis.set_axisbelow(True)
+    """Every run's value with mean and interval: a panel per group, a row per encoder."""
+    counts = [len(encoders) for _, encoders in groups]
+    figure = Figure(figsize=(6.0, 0.7 + sum(0.55 + 0.34 * n for n in counts)), dpi=170,
+                    layout="constrained")
+    axes = figure.subplots(len(groups), squeeze=False, sharex=True,
+                           height_ratios=[n + 0.6 for n in counts])[:, 0]
+    for axis, (title, encoders) in zip(axes, groups):
+        _plain(axis)
+        for i, (label, values) in enumerate(encoders.items()):
+            axis.plot(100 * values, np.full(len(values), -i), "o", alpha=0.6, markersize=6,
+                      markeredgewidth=0, color=color_of(label, defenses))
+            mean, low, high = intervals[title, label]
+            axis.plot(100 * mean, -i, "|", color=INK, markersize=14, markeredgewidth=1.8)
+            if low is not None:
+                axis.plot([100 * low, 100 * high], [-i, -i], color=INK, linewidth=1)
+        axis.set_title(title, loc="left", fontsize=10, color=INK)
+        axis.set_yticks(-np.arange(len(encoders)), list(encoders))
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(-len(encoders) + 0.4, 0.6)
+        axis.grid(axis="x", color="#e6e9ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+    axes[-1].set_xlim(-3, 103)
+    axes[-1].set_xlabel(xlabel)
     return _png(figure)
 
 
 def _blank(width, height):
     figure = Figure(figsize=(width, height), dpi=170, layout="constrained")
     axis = figure.add_subplot()
+    _plain(axis)
+    return figure, axis
+
+
+def _plain(axis):
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -155,7 +162,6 @@ def _blank(width, height):
     axis.tick_params(colors=SOFT, labelsize=9)
     axis.xaxis.label.set_color(SOFT)
     axis.yaxis.label.set_color(SOFT)
-    return figure, axis
 
 
 def _png(figure):

@@ -29,9 +29,10 @@ p { margin: .5rem 0; max-width: 46rem; }
   font-variant-numeric: tabular-nums; }
 .tile span { font-size: .85rem; }
 .interval { font-size: .82em; white-space: nowrap; display: block; }
+.runs { white-space: normal; }
 .figures { display: grid; gap: 1.2rem 1.4rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-figure { margin: 1rem 0; break-inside: avoid; }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+figure { margin: 1rem 0; max-width: 46rem; break-inside: avoid; }
 .figures figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .9rem; margin-top: .3rem; }
@@ -58,7 +59,9 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--mark); }
   table.wide td:first-child { font-size: 1.02rem; }
   table.wide td:first-child::before { content: none; }
   table.wide td:empty { display: none; }
-  table.wide .interval { text-align: right; }
+  table.wide .interval { display: inline; margin-left: .5em; white-space: normal; }
+  table.wide .runs { display: block; margin: 0; }
+  table.wide td > span { text-align: right; }
 }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.4rem; }
@@ -134,15 +137,20 @@ def pairs(rows: Sequence[tuple]) -> str:
 
 def percent(value: float | None, interval: Sequence[float] | None = None, *,
             signed: bool = False) -> str:
-    """A rate as a percentage with its interval below; a dash where it is unknown."""
+    """A rate as a percentage, with its interval below; a dash where it is unknown."""
     if value is None:
         return "–"
-    sign = "+" if signed else ""
-    out = f"{100 * value:{sign}.1f}&nbsp;%"
+    out = number(value, signed=signed) + "&nbsp;%"
     if interval is not None:
-        low, high = (f"{100 * v:{sign}.1f}" for v in interval)
-        out += f' <span class="interval">{low} to {high}</span>'
-    return Raw(out.replace("-", "\N{MINUS SIGN}") if interval is None else _minus(out))
+        low, high = (number(v, signed=signed) for v in interval)
+        out += f'<span class="interval">{low} to {high}</span>'
+    return Raw(out)
+
+
+def number(share: float, *, signed: bool = False) -> str:
+    """A share in percent with one decimal and a real minus sign; never minus zero."""
+    value = round(100 * share, 1) + 0.0
+    return f"{value:{'+' if signed else ''}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def write(folder: epath.Path, document: str, pictures: Sequence[Picture]) -> epath.Path:
@@ -158,8 +166,3 @@ def write(folder: epath.Path, document: str, pictures: Sequence[Picture]) -> epa
 def _cell(content):
     return f"<span>{text(content)}</span>" if content != "" else ""
 
-
-def _minus(markup):
-    # Only in front of digits: class names and tags keep their hyphens.
-    return "".join("\N{MINUS SIGN}" if c == "-" and markup[i + 1:i + 2].isdigit() else c
-                   for i, c in enumerate(markup))

@@ -1,10 +1,10 @@
 """A square patch pasted onto an image: Saha et al., CVPR 2022 (arXiv 2105.10123), and most others.
 
-`opacity` is the weight of the trigger: result = (1 - opacity) * image + opacity * patch, so 1 covers
-the image and 0 leaves it alone. The published codes state the opposite: SSL-Backdoor's alpha is the
-weight of the IMAGE under the patch (its 0.00 is opacity 1); Noisy Alignment's `add_watermark` in
-patch mode likewise (alpha 0.2 is opacity 0.8), while its blend mode, and the newer framework of the
-same author, give the weight of the trigger.
+`opacity` is the weight of the trigger: result = (1 - opacity) * image + opacity * patch, so 1
+covers the image and 0 leaves it alone. The published codes state the opposite: SSL-Backdoor's alpha
+is the weight of the IMAGE under the patch (its 0.00 is opacity 1); Noisy Alignment's
+`add_watermark` in patch mode likewise (alpha 0.2 is opacity 0.8), while its blend mode, and the
+newer framework of the same author, give the weight of the trigger.
 """
 
 import jax

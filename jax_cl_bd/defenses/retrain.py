@@ -1,0 +1,44 @@
+"""Retraining from scratch: what a defender gets who throws the suspect encoder away.
+
+The victim's own objective and recipe on the defender's clean images alone. A defense that uses the
+suspect (such as distillation) is worth its risk only if it beats this.
+"""
+
+import jax
+import ml_collections
+from etils import epath
+
+from jax_cl_bd import optim, parallel, run_folder
+from jax_cl_bd.data import feed
+from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.objectives import training
+from jax_cl_bd.train import born_sharded, fit
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds bad settings before anything is compiled."""
+    d = cfg.defense
+    if not 0 < d.clean_fraction <= 1:
+        raise UserError(f"defense.clean_fraction={d.clean_fraction} must lie in (0, 1]")
+    parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
+
+
+def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
+    """Trains cfg.objective on the clean images `data`; `victims` and `truth` are not looked at."""
+    del victims, truth
+    own = ml_collections.ConfigDict(cfg.to_dict())
+    own.train.batch_size = cfg.defense.batch_size
+    clean = PoisonedSet(data)
+    per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)
+    steps = cfg.defense.steps or cfg.defense.epochs * per_epoch
+    tx, _ = optim.make(own.optim, steps, per_epoch)
+    run_folder.write_config(folder, own)
+    state, shardings = born_sharded(training.make_init(own, tx), key, mesh)
+    rows = feed.make(own, clean, process_index=jax.process_index(),
+                     process_count=jax.process_count())
+    state = fit(training.make_step(own, tx, steps), state, shardings, rows, folder=folder,
+                steps=steps, cfg_train=own.train, mesh=mesh, label=f"retrain {folder.name}")
+    variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    return Outcome({"clean_images": len(data), "steps": steps}, variables, {}, own)

@@ -1,0 +1,87 @@
+"""MoCo v2 (He et al. 2020; Chen et al. 2020): InfoNCE against a queue of past keys.
+
+Fields of cfg.objective:
+    name "moco"; temperature (0.2); momentum m of the key encoder (0.999); queue_batches: length
+    of the queue in batches, K = queue_batches * batch_size (256 * 256 = 65,536); hidden, dim:
+    widths of the two-layer projector without batch norm (512, 128).
+
+Recipe of the SSL backdoor papers: ResNet-18, 200 or 300 epochs, batch 256, SGD lr 0.06, momentum
+0.9, weight decay 1e-4, cosine per epoch, no warm-up, MOCO_VIEW for both views. View 1 is the
+query, view 2 the key, and the loss is not symmetrised. Each view has its own pass, as batch norm
+must not mix queries and keys.
+
+Batch norm: with model.bn_groups = G > 1, the key batch is permuted over the whole batch before
+the key encoder and permuted back after it (the paper's shuffled BN over G devices), so that a key
+shares its statistics with other images than its query does. With G = 1 there is nothing to
+shuffle, and queries share their batch's statistics with their keys but not with the queue: that
+leak, weaker the larger the batch, is what the paper shuffles against, so G = 1 is an ablation.
+
+EMA: the reference code moves the key encoder at the start of a forward pass, towards the weights
+of the query encoder at that time. `after_update` does it after the optimiser, towards the new
+weights: the same sequence of key encoders but for the very first move, which in the reference
+goes from the initial weights to themselves. Running statistics are not averaged: the key
+encoder's batch norm keeps its own, from its own passes.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models.heads import MLP
+from jax_cl_bd.objectives.apply import copied, forward
+from jax_cl_bd.objectives.embeddings import EXACT, normalise
+
+
+def heads(cfg, *, bn_groups: int = 1) -> dict:
+    """Returns the projector; it has no batch norm, so bn_groups changes nothing."""
+    return {"projector": MLP(hidden=(cfg.hidden,), out=cfg.dim, bn_groups=bn_groups)}
+
+
+def init_extra(cfg, variables, key):
+    """The key encoder and a queue [queue_batches, B, dim] of random unit vectors."""
+    if cfg.objective.queue_batches < 1:
+        raise UserError(f"objective.queue_batches = {cfg.objective.queue_batches}; must be at "
+                        "least 1")
+    shape = (cfg.objective.queue_batches, cfg.train.batch_size, cfg.objective.dim)
+    return {"target": copied(variables), "queue": normalise(jax.random.normal(key, shape))}
+
+
+def loss(cfg, variables, extra, batch, apply_fns, key, step):
+    """Mean over the batch of -log softmax of the own key against it and the K keys of the queue.
+
+    The keys of this batch take the slot step % queue_batches after the loss. `extra["queue"]`
+    is meant to be sharded on its second axis, so that writing needs no communication.
+
+    Returns:
+        (loss, (batch_stats, extra, {"pretext_accuracy": share of queries nearest to their key})).
+    """
+    parts = ("encoder", "projector")
+    q, variables = forward(apply_fns, variables, parts, batch["view1"])
+    k, target = _keys(cfg, extra["target"], batch["view2"], apply_fns, parts, key)
+    q, k = normalise(q), jax.lax.stop_gradient(normalise(k))  # [B, D]
+    positive = (q * k).sum(-1, keepdims=True)
+    negative = jnp.einsum("bd,snd->bsn", q, extra["queue"], precision=EXACT)
+    logits = jnp.concatenate([positive, negative.reshape(len(q), -1)], 1)
+    logits = logits / cfg.objective.temperature  # [B, 1 + K]
+    value = (jax.nn.logsumexp(logits, axis=1) - logits[:, 0]).mean()
+    slot = step % extra["queue"].shape[0]
+    queue = jax.lax.dynamic_update_index_in_dim(extra["queue"], k, slot, axis=0)
+    metrics = {"pretext_accuracy": (logits.argmax(1) == 0).mean()}
+    return value, (variables["batch_stats"], {"target": target, "queue": queue}, metrics)
+
+
+def after_update(cfg, variables, extra, step, total_steps):
+    """Moves the key encoder: m * old + (1 - m) * new parameters; no running statistics."""
+    target = dict(extra["target"])
+    target["params"] = optax.incremental_update(variables["params"], target["params"],
+                                                1 - cfg.objective.momentum)
+    return {**extra, "target": target}
+
+
+def _keys(cfg, target, images, apply_fns, parts, key):
+    if cfg.model.bn_groups == 1:
+        return forward(apply_fns, target, parts, images)
+    order = jax.random.permutation(key, images.shape[0])
+    k, target = forward(apply_fns, target, parts, images[order])
+    return k[jnp.argsort(order)], target

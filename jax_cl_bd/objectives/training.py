@@ -1,0 +1,87 @@
+"""One step of self-supervised training: augment, loss, optimizer, EMA; for any objective.
+
+`make_init` and `make_step` are pure functions of a config, so that victim, control and a model
+retrained by a defender differ in their data alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from jax_cl_bd import lookup
+from jax_cl_bd.data import augment
+from jax_cl_bd.models import build
+from jax_cl_bd.objectives import apply
+from jax_cl_bd.train import TrainState
+
+STREAM = 2  # of cfg.seed; 1 draws the plan, 3 is the defenses'
+
+
+def first_key(cfg: ml_collections.ConfigDict) -> jax.Array:
+    """The key that weights and steps of a pretraining run are drawn from."""
+    return jax.random.key(cfg.seed * 16 + STREAM)
+
+
+def first_variables(cfg: ml_collections.ConfigDict) -> dict:
+    """The variables that pretraining begins with, drawn as `make_init` draws them."""
+    side = cfg.data.image_size
+    weights = jax.random.split(first_key(cfg), 3)[0]
+    return jax.jit(lambda key: apply.init_variables(modules_of(cfg), key, (side, side, 3)))(weights)
+
+
+def modules_of(cfg: ml_collections.ConfigDict) -> dict:
+    """The encoder and the objective's heads, in the order in which they are chained."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    return {"encoder": build.build(cfg.model), 
+            **objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)}
+
+
+def make_init(cfg: ml_collections.ConfigDict, tx):
+    """Gives init(key) -> TrainState: a pure function of the key, the same for victim and control."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    modules = modules_of(cfg)
+    side = cfg.data.image_size
+
+    def init(key):
+        weights, extra, steps = jax.random.split(key, 3)
+        variables = apply.init_variables(modules, weights, (side, side, 3))
+        return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
+                          batch_stats=variables["batch_stats"],
+                          opt_state=tx.init(variables["params"]),
+                          extra=objective.init_extra(cfg, variables, extra), key=steps)
+
+    return init
+
+
+def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
+    """Gives update(state, views, key) -> (state, metrics): loss, optimizer, EMA; no data work."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    apply_fns = apply.make_apply_fns(modules_of(cfg))
+
+    def update(state, views, key):
+        def loss_of(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            return objective.loss(cfg, variables, state.extra, views, apply_fns, key, state.step)
+
+        (loss, (batch_stats, extra, metrics)), grads = jax.value_and_grad(
+            loss_of, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        variables = {"params": params, "batch_stats": batch_stats}
+        extra = objective.after_update(cfg, variables, extra, state.step, steps)
+        return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats,
+                             opt_state=opt_state, extra=extra), {"loss": loss, **metrics}
+
+    return update
+
+
+def make_step(cfg: ml_collections.ConfigDict, tx, steps: int):
+    """Gives step(state, data, batch) -> (state, metrics): augment on the device, then update."""
+    update = make_update(cfg, tx, steps)
+
+    def step_fn(state, data, batch):
+        view_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        return update(state, augment.views(cfg, data, batch, view_key), loss_key)
+
+    return step_fn

@@ -1,0 +1,289 @@
+"""The report of one run folder, section by section."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_cl_bd.reporting import figures, html, words
+from jax_cl_bd.reporting.html import Picture, percent
+from jax_cl_bd.reporting.pairs import pair_probability
+from jax_cl_bd.reporting.read import Run, probes, series
+
+COLUMNS = (("clean_accuracy", "clean accuracy"), ("triggered_accuracy", "triggered accuracy"),
+           ("attack_success_rate", "attack success rate"),
+           ("clean_target_rate", "clean target rate"), ("occlusion_rate", "occlusion rate"),
+           ("wrong_trigger_rate", "wrong trigger rate"), ("excess", "excess"))
+MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson interval. Accuracies "
+           "count all classes, the other rates only images of other classes than the target, taken "
+           "for the target. Excess is the attack success rate minus the largest of occlusion rate, "
+           "wrong trigger rate and the control's attack success rate (interval: Newcombe).")
+CURVES = (("eval/knn/attack_success_rate", "attack success rate, %", True),
+          ("eval/knn/clean_accuracy", "clean accuracy, %", True),
+          ("eval/alignment/reference_alignment", "reference alignment", False),
+          ("eval/alignment/noise_norm", "noise norm", False))
+
+
+def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
+    """Gives the page and its pictures."""
+    pictures: list[Picture] = []
+    sections = [f"<h1>{html.text(words.title(run))}</h1>", html.paragraph(words.what(run), "what"),
+                html.paragraph(words.headline(run), "headline"), tiles(run),
+                poison(run, pictures), training(run, pictures), measured(run, pictures),
+                features(run, pictures), defended(run), about(run, command)]
+    return html.page(words.title(run), list(filter(None, sections))), pictures
+
+
+def tiles(run: Run) -> str:
+    """The four figures to see first."""
+    found = words.protocol_row(run)
+    if found is None:
+        return ""
+    probe, row = found
+    control = run.results.get("control", {}).get(probe, {})
+    shown = [("clean accuracy", row, "clean_accuracy"),
+             ("attack success rate", row, "attack_success_rate"),
+             ("excess", row, "excess"),
+             ("control's attack success rate", control, "attack_success_rate")]
+    out = "".join(
+        f'<div class="tile"><span>{name}</span><b>{number_of(values, key)}</b></div>'
+        for name, values, key in shown if values.get(key) is not None)
+    return f'<div class="tiles">{out}</div>'
+
+
+def number_of(row: dict, key: str) -> str:
+    """A figure without its interval."""
+    return percent(row[key], signed=key == "excess")
+
+
+def poison(run: Run, pictures: list[Picture]) -> str:
+    """What was put into the data: counts, preview, layout and its pair probability."""
+    s = run.summary
+    if s is None:
+        return html.section("Poison", html.paragraph("The poison stage has not run.", "note"))
+    if not s["poisons"]:
+        return html.section("Poison", html.paragraph("No image is poisoned.", "note"))
+    parts = [html.paragraph(
+        f"{s['poisons']:,} poisons: {s['added']:,} added, {s['replaced']:,} in the place of the "
+        f"original, {s['removed']:,} further images taken out; {s['rows']:,} rows in all. The "
+        f"trigger is {trigger_words(s['trigger'])}.")]
+    if run.preview is not None:
+        picture = Picture("preview", run.preview, "Grid of poisoned training images with outlines "
+                          "of reference, shadow and trigger.",
+                          "Poisons as stored, before any augmentation.")
+        pictures.append(picture)
+        parts.append(html.figure(picture))
+    parts.append(layout(run, pictures))
+    return html.section("Poison", *parts)
+
+
+def trigger_words(trigger: dict) -> str:
+    """The trigger in words."""
+    return (f"{trigger['name']} {trigger.get('id', '')}, {trigger['size']} px, opacity "
+            f"{trigger['opacity']:g}")
+
+
+def layout(run: Run, pictures: list[Picture]) -> str:
+    """The layout drawn, and how often random crops turn a poison into the wanted pair."""
+    plan = run.plan
+    composites = np.flatnonzero(plan.layout >= 0) if plan is not None else []
+    if not len(composites):
+        return html.paragraph("These poisons have no layout of parts, so no pair probability is "
+                              "predicted.", "note")
+    first = composites[0]
+    boxes = {name: getattr(plan, f"{name}_box")[first]
+             for name in ("reference", "shadow", "trigger")}
+    mean, low, high = pair_probability(run.cfg, plan)
+    height, width = plan.canvas[first]
+    picture = Picture(
+        "layout", figures.layout(plan.canvas[first], boxes),
+        f"Poison of {width} by {height} pixels: reference part, shadow part and trigger to scale.",
+        f"The first poison's layout, {width} × {height} px, to scale.")
+    pictures.append(picture)
+    per_epoch = mean * len(composites)
+    spread = "" if high - low < 5e-5 else f" (over the layouts used: {low:.4f} to {high:.4f})"
+    said = (f"Predicted pair probability: {mean:.4f}{spread}. That is the chance that, of the two "
+            "random crops of a poison, one shows the whole trigger and nothing but the shadow "
+            "part, the other nothing but the reference part: about "
+            f"{per_epoch:.1f} such pairs in every epoch. Computed from the crop law, not "
+            "measured.")
+    return html.figures([picture]) + html.paragraph(said)
+
+
+def training(run: Run, pictures: list[Picture]) -> str:
+    """Loss, and the attack while it grows."""
+    if not run.metrics:
+        return html.section("Training", html.paragraph("There is no metrics.jsonl.", "note"))
+    shown = []
+    for key, ylabel, rate in (("train/loss", "training loss", False), *CURVES):
+        lines = {label: found for label, all_lines in run.metrics.items()
+                 if (found := series(all_lines, key)) is not None}
+        if not lines:
+            continue
+        name = key.replace("/", "_")
+        last = ", ".join(f"{label} {html.number(v[-1]) + ' %' if rate else f'{v[-1]:.3g}'}"
+                         for label, (_, v) in lines.items())
+        shown.append(Picture(name, figures.curves(lines, ylabel=ylabel, rate=rate),
+                             f"{ylabel} over training steps; at the end: {last}.",
+                             f"{ylabel.partition(',')[0].capitalize()}; at the end: {last}."))
+    pictures.extend(shown)
+    notes = []
+    if "control" not in run.metrics:
+        notes.append("No control was trained, so there is nothing to compare with.")
+    if not any(series(lines, CURVES[1][0]) for lines in run.metrics.values()):
+        notes.append("Nothing was measured while training (train.eval_every = 0).")
+    elif shown:
+        notes.append("Measured while training by kNN and by the test protocol.")
+    return html.section("Training", html.figures(shown),
+                        *(html.paragraph(note, "note") for note in notes))
+
+
+def measured(run: Run, pictures: list[Picture]) -> str:
+    """A table for each probe and placement of the trigger."""
+    encoders = run.encoders
+    if not encoders:
+        return html.section("Measured", html.paragraph("The evaluate stage has not run.", "note"))
+    names = list(dict.fromkeys(name for rows in encoders.values() for name in probes(rows)))
+    parts = [html.paragraph(MEANING, "note")]
+    if "control" not in encoders:
+        parts.append(html.paragraph("No control was trained: the excess is taken over occlusion "
+                                    "and wrong trigger alone.", "note"))
+    for name in names:
+        rows = {label: found[name] for label, found in encoders.items() if name in found}
+        parts += [f"<h3>{html.text(heading(name, rows))}</h3>"]
+        success = {label: row["attack_success_rate"] for label, row in rows.items()
+                   if row.get("attack_success_rate") is not None}
+        if name == names[0] and success:
+            spoken = "; ".join(f"{label} {html.number(v)} %" for label, v in success.items())
+            picture = Picture(
+                "rates", figures.rates(rows, list(run.defenses)),
+                "Share of other classes' test images predicted as the target with the trigger: "
+                f"{spoken}.", f"How often other classes are taken for the target ({name}).")
+            pictures.append(picture)
+            parts.append(html.figure(picture))
+        parts.append(rates_table(rows))
+    return html.section("Measured", *parts)
+
+
+def heading(name: str, rows: dict) -> str:
+    """Probe, placement and settings of one table."""
+    protocol = next(iter(rows.values())).get("protocol", {})
+    probe, _, placement = name.partition(":")
+    placement = placement or protocol.get("placement", "")
+    known = [f"trigger {'at the centre' if placement == 'center' else 'at random places'}"
+             if placement in ("random", "center") else "",
+             f"{protocol['labelled_rows']:,} labelled images" if "labelled_rows" in protocol
+             else "", f"k = {protocol['k']}" if "k" in protocol else ""]
+    return " · ".join(filter(None, (probe.replace("_", " "), *known)))
+
+
+def rates_table(rows: dict[str, dict], names: dict[str, str] | None = None) -> str:
+    """Encoders as rows, rates with intervals as columns, false positives as counts."""
+    columns = [(key, label) for key, label in COLUMNS if any(key in r for r in rows.values())]
+    body = []
+    for encoder, row in rows.items():
+        cells = [percent(row.get(key), row["intervals"].get(key), signed=key == "excess")
+                 if row.get(key) is not None else "–" for key, _ in columns]
+        if "target_false_positives" in row:
+            cells.append(f"{row['target_false_positives']:,} of "
+                         f"{row['n']['attack_success_rate']:,}")
+        body.append([(names or {}).get(encoder, words.name_of(encoder)), *cells])
+    header = ["encoder", *(label for _, label in columns)]
+    if any("target_false_positives" in r for r in rows.values()):
+        header.append("target false positives")
+    body = [cells + ["–"] * (len(header) - len(cells)) for cells in body]
+    return html.table(header, body)
+
+
+def features(run: Run, pictures: list[Picture]) -> str:
+    """Where triggered images lie among the clean ones."""
+    parts, shown = [], []
+    for label, arrays in run.maps.items():
+        labels, target = arrays["labels"], int(arrays["target"])
+        png, share = figures.feature_map(arrays["clean"], arrays["triggered"], labels, target)
+        shown.append(Picture(
+            f"map_{label}", png,
+            f"Features of the {label}'s test images in two dimensions: {np.sum(labels == target)} "
+            f"clean images of the target class, {np.sum(labels != target)} clean ones of other "
+            "classes, and the latter with the trigger.",
+            f"{label.capitalize()}: first two principal components of the normalised features "
+            f"({html.number(share)} % of their variance)."))
+    pictures.extend(shown)
+    parts.append(html.figures(shown))
+    rows = {label: found["alignment"] for label, found in run.encoders.items()
+            if found.get("alignment")}
+    if rows:
+        parts += [html.paragraph(
+            "Reference alignment is a feature's component along the target class, noise norm what "
+            "is left across it, in units of the mean norm of clean features; mean ± deviation "
+            "over images of other classes. A spread ratio below 1 says that the trigger "
+            "overwrites what tells images apart.", "note"), alignment_table(rows)]
+    if not any(parts):
+        return ""
+    return html.section("Features", *parts)
+
+
+def alignment_table(rows: dict[str, dict]) -> str:
+    """Alignment figures, triggered beside clean."""
+    def cell(row, name):
+        return f"{row[name]:.3f} ± {row[f'{name}_std']:.3f}".replace("-", "\N{MINUS SIGN}")
+
+    header = ["encoder", "reference alignment, triggered", "reference alignment, clean",
+              "noise norm, triggered", "noise norm, clean", "spread ratio"]
+    return html.table(header, [
+        [words.name_of(label), cell(r, "reference_alignment"),
+         cell(r, "clean_reference_alignment"), cell(r, "noise_norm"), cell(r, "clean_noise_norm"),
+         f"{r['spread_ratio']:.3f}"] for label, r in rows.items()])
+
+
+def defended(run: Run) -> str:
+    """Each defense: its verdict, and the repaired encoder beside the one that it was given."""
+    if not run.defenses:
+        return html.section("Defenses", html.paragraph("No defense was run.", "note"))
+    parts = []
+    for name, found in run.defenses.items():
+        parts.append(f"<h3>{html.text(name)}</h3>")
+        known = [(k.replace("_", " "), v) for k, v in flat(found.get("verdict", {}))]
+        if "seconds" in found:
+            known.append(("seconds", f"{found['seconds']:,.0f}"))
+        parts.append(html.pairs(known))
+        twin = found.get("control", {})
+        for probe, row in probes(found).items():
+            rows = {"victim": run.results.get("victim", {}).get(probe), "repaired": row,
+                    "control": run.results.get("control", {}).get(probe),
+                    "twin": twin.get(probe)}
+            names = {"repaired": f"victim after {name}", "twin": f"control after {name}"}
+            rows = {label: r for label, r in rows.items() if r}
+            parts += [html.paragraph(heading(probe, {"": row}), "note"), rates_table(rows, names)]
+        if not twin:
+            parts.append(html.paragraph("The defense was not run on a control.", "note"))
+    return html.section("Defenses", *parts)
+
+
+def about(run: Run, command: str | None) -> str:
+    """What it takes to run this again."""
+    parts = []
+    facts = (run.results or {}).get("run", {})
+    rows = [("config hash", facts.get("config_hash", "")), ("seed", run.cfg.seed),
+            ("devices", ", ".join(map(str, facts.get("devices", ())))),
+            ("images per second", f"{facts['images_per_second']:,.0f}"
+             if facts.get("images_per_second") else ""),
+            ("seconds of evaluation", facts.get("seconds", "")),
+            ("finished", facts.get("finished", "")),
+            ("versions", ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items()))]
+    parts.append(html.pairs([(k, v) for k, v in rows if v != ""]))
+    if command:
+        parts.append(f"<pre>{html.text(command)}</pre>")
+    settings = html.pairs(flat(run.cfg.to_dict()))
+    parts.append(f"<details><summary>All settings (config.json)</summary>{settings}</details>")
+    return html.section("This run", *parts)
+
+
+def flat(tree: dict, prefix: str = "") -> Sequence[tuple[str, object]]:
+    """Nested settings as (dotted name, value)."""
+    out = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out += flat(value, f"{prefix}{key}.")
+        else:
+            out.append((f"{prefix}{key}", value))
+    return out

@@ -1,0 +1,101 @@
+"""Every experiment file: its settings are those on record, and it runs in debug mode."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from jax_cl_bd import run_folder, stages
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
+# Methods are run once each, not the product: two arguments a run.
+VARIANTS = {
+    "quickstart": ["", "attack=ssl_backdoor,objective=moco", "attack=oracle_poisoning,objective=byol",
+                   "attack=none,objective=simsiam"],
+    "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol", "objective=simsiam"],
+    "imagenet100": ["", "attack=noisy_alignment,objective=byol"],
+}
+
+
+def config(name, arg):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def flat(cfg):
+    groups = tuple(sorted(cfg))
+    settings = run_folder.settings_of(cfg, groups)
+    return "".join(f"{k} = {v!r}\n" for k, v in sorted(settings.items()))
+
+
+def test_every_file_is_listed():
+    assert sorted(VARIANTS) == FILES
+
+
+@pytest.mark.parametrize("name, arg", [(n, a) for n in VARIANTS for a in VARIANTS[n]])
+def test_settings_are_those_on_record(name, arg):
+    path = GOLDEN / f"{name}{'-' + arg.replace(',', '-').replace('=', '_') if arg else ''}.txt"
+    text = flat(config(name, arg))
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text, f"a default changed; UPDATE_GOLDEN=1 rewrites {path.name}"
+
+
+def debug_run(cfg, folder):
+    cfg.mesh.data = -1
+    stages.check(cfg, list(stages.LEAVES))
+    stages.run(cfg, epath.Path(folder), list(stages.LEAVES))
+    results = json.loads((folder / "results.json").read_text())
+    assert (folder / "report" / "index.html").exists()
+    for label in ("victim", "control", "untrained"):
+        assert 0 <= results[label]["knn"]["clean_accuracy"] <= 1
+    return results
+
+
+@pytest.mark.parametrize("arg", VARIANTS["quickstart"])
+def test_quickstart_in_debug_mode(tmp_path, arg):
+    results = debug_run(config("quickstart", f"debug,{arg}"), tmp_path)
+    student = results["defenses"]["distill"]
+    assert 0 <= student["linear_probe"]["clean_accuracy"] <= 1
+    assert "control" in student
+
+
+@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR has no CIFAR-10")
+@pytest.mark.parametrize("arg", VARIANTS["cifar10"][1:3])
+def test_cifar10_in_debug_mode(tmp_path, arg):
+    debug_run(config("cifar10", f"debug,{arg}"), tmp_path)
+
+
+def test_imagenet100_in_debug_mode(tmp_path):
+    """From a folder of JPEGs of several shapes, with a class list and a label list, streamed."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    names = [f"n{i:08d}" for i in range(4)]
+    for split, count in (("train", 24), ("val", 6)):
+        for k, name in enumerate(names):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                shape = [(40, 60), (64, 48), (30, 30)][i % 3]
+                image = rng.integers(0, 60, (*shape, 3)) + 40 * k
+                Image.fromarray(image.astype(np.uint8)).save(
+                    tmp_path / "data" / split / name / f"{name}_{i}.JPEG")
+    (tmp_path / "classes.txt").write_text("\n".join(names[:3]))
+    paths = [f"{name}/{name}_{i}.JPEG {k}" for k, name in enumerate(names[:3]) for i in range(20)]
+    (tmp_path / "labels.txt").write_text("\n".join(paths))
+    cfg = config("imagenet100", "debug,objective=simclr,target=1")
+    cfg.data.update(name=f"folder:{tmp_path / 'data'}", workers=0,
+                    classes_file=str(tmp_path / "classes.txt"))
+    cfg.evals.label_list = str(tmp_path / "labels.txt")
+    results = debug_run(cfg, tmp_path / "run")
+    assert results["poison"]["count"] == 8
+    assert "linear_probe_sgd" in results["victim"]

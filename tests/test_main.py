@@ -1,0 +1,166 @@
+"""The command line: bad input is one line and exit status 2; a killed run goes on to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jax_cl_bd import run_folder, stages
+from jax_cl_bd.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+BASE = ["--config=configs/quickstart.py:debug,defense=none"]
+
+
+def command(*arguments, **changes):
+    """Runs the program on one simulated device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *arguments], cwd=ROOT, text=True,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            **changes)
+
+
+def refused(*arguments):
+    process = command(*arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, (out, err)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--config.optim.lr_rate=1"], "lr_rate"),
+    (["--config.optim.lr=fast"], "optim.lr"),
+    (["--stages=poisson"], "poison"),
+    (["pretrain"], "--stages=pretrain"),
+    (["--config.attack.name=noisy_alignmen"], "did you mean 'noisy_alignment'"),
+])
+def test_bad_flags_are_one_line_and_status_2(tmp_path, arguments, says):
+    assert says in refused(*BASE, f"--workdir={tmp_path}/run", *arguments)
+    assert not (tmp_path / "run" / "poison").exists()
+
+
+def test_bad_config_argument_and_missing_workdir():
+    assert "objctive" in refused("--config=configs/quickstart.py:objctive=moco", "--workdir=x")
+    assert "--workdir is missing" in refused(*BASE)
+
+
+def quickstart(**changes):
+    from configs import quickstart as experiment
+
+    cfg = experiment.get_config("debug")
+    cfg.update_from_flattened_dict(changes)
+    return cfg
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"objective.name": "simclrr"}, "did you mean 'simclr'"),
+    ({"data.name": "digit"}, "digits"),
+    ({"data.name": "folder:/no/such/place"}, "/no/such/place"),
+    ({"attack.target": 10}, "target"),
+    ({"attack.target": -1}, "target"),
+    ({"attack.poisons": -3}, "poisons"),
+    ({"train.batch_size": 12}, "8 devices"),
+    ({"evals.probes": ("linear_prob",)}, "did you mean 'linear_probe'"),
+    ({"defense.name": "distil"}, "did you mean 'distill'"),
+    ({"defense.clean_fraction": 0.0}, "clean_fraction"),
+    ({"model.name": "resnet19"}, "did you mean 'resnet18'"),
+    ({"optim.name": "sdg"}, "did you mean 'sgd'"),
+    ({"attack.trigger.id": 9}, "trigger"),
+    ({"attack.trigger.size": 40}, "size"),
+    ({"augment.view1.crop_scale": (0.0, 1.0)}, "crop_scale"),
+    ({"train.steps_per_dispatch": 3}, "steps_per_dispatch"),
+    ({"mesh.fsdp": 3}, "devices"),
+    ({"seed": -1}, "seed"),
+    ({"data.feed": "residnt"}, "did you mean 'resident'"),
+])
+def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
+    with pytest.raises(UserError) as refusal:
+        stages.check(quickstart(**changes), list(stages.LEAVES))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_more_poisons_than_candidates_is_refused():
+    from configs import quickstart as experiment
+
+    cfg = experiment.get_config("debug,attack=ssl_backdoor")
+    cfg.attack.poisons = 100
+    with pytest.raises(UserError, match="100"):
+        stages.check(cfg, ["poison"])
+
+
+def test_a_full_class_of_errors_does_not_hide_good_settings():
+    stages.check(quickstart(), list(stages.LEAVES))
+
+
+def test_finished_run_refuses_other_settings_and_shows_them(tmp_path):
+    folder = epath.Path(tmp_path)
+    stages.run(quickstart(), folder, ["poison"])
+    with pytest.raises(UserError, match=r"attack.poisons: 8 there, 7 now"):
+        stages.run(quickstart(**{"attack.poisons": 7}), folder, ["poison"])
+    stages.drop(folder, "poison")
+    stages.run(quickstart(**{"attack.poisons": 7}), folder, ["poison"])
+    assert run_folder.read_json(folder / "poison" / "summary.json")["poisons"] == 7
+
+
+def test_a_stage_without_its_predecessor_says_which(tmp_path):
+    with pytest.raises(UserError, match="needs the poison stage"):
+        stages.run(quickstart(), epath.Path(tmp_path), ["pretrain"])
+
+
+LONG = [*BASE, "--stages=poison,pretrain,evaluate", "--config.control=False",
+        "--config.train.steps=60", "--config.train.save_every=5", "--config.train.log_every=1",
+        "--config.train.eval_every=20"]
+
+
+def finish(folder):
+    process = command(*LONG, f"--workdir={folder}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def lines_of(folder):
+    lines = [json.loads(t) for t in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def weights_of(folder):
+    from jax_cl_bd.models import encoder
+
+    encoded = encoder.load(folder).variables
+    import jax
+
+    return jax.tree.leaves(encoded)
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
+    finish(tmp_path / "whole")
+    killed = command(*LONG, f"--workdir={tmp_path}/killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 22):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "pretrain" / "done.json").exists()
+    assert "going on from step" in finish(tmp_path / "killed")
+
+    for whole, resumed in zip(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")):
+        np.testing.assert_array_equal(whole, resumed)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
+    results = [json.loads((tmp_path / run / "results.json").read_text())
+               for run in ("whole", "killed")]
+    for result in results:
+        del result["run"]
+    assert results[0] == results[1]

@@ -1,0 +1,140 @@
+"""The loop: resume, dispatches, signals, non-finite losses; with a model that compiles at once."""
+
+import contextlib
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from jax import monitoring
+from ml_collections import ConfigDict
+
+from jax_cl_bd import checkpoint, parallel
+from jax_cl_bd.train import Interrupted, NonFinite, TrainState, born_sharded, fit
+
+TX = optax.sgd(0.1, momentum=0.9)
+DATA = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+
+
+class Feed:
+    data = {"rows": DATA}
+
+    def batches(self, step):
+        while True:
+            yield {"index": np.random.default_rng(step).integers(0, 64, 8).astype(np.int32)}
+            step += 1
+
+
+def init(key):
+    params = {"w": jax.random.normal(key, (3,))}
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats={},
+                      opt_state=TX.init(params), extra={}, key=key)
+
+
+def step_fn(state, data, batch, *, bad_step=-1):
+    x = data["rows"][batch["index"]]
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (8,))
+
+    def loss_of(params):
+        return jnp.mean((x @ params["w"] - 1 + 0.1 * noise) ** 2)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = TX.update(grads, state.opt_state)
+    loss = jnp.where(state.step + 1 == bad_step, jnp.nan, loss)
+    return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                         opt_state=opt_state), {"loss": loss}
+
+
+def run(folder, steps, *, step=step_fn, dispatch=1, save_every=5, evaluate=None, log_every=5,
+        around=contextlib.nullcontext):
+    mesh = parallel.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
+    state, shardings = born_sharded(init, jax.random.key(3), mesh)
+    cfg = ConfigDict({"log_every": log_every, "save_every": save_every, "batch_size": 8,
+                      "eval_every": 5 if evaluate else 0, "steps_per_dispatch": dispatch})
+    with around():
+        return fit(step, state, shardings, Feed(), folder=epath.Path(folder), steps=steps,
+                   cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate)
+
+
+def losses(folder):
+    lines = [json.loads(t) for t in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+
+
+def test_five_and_five_steps_equal_ten(tmp_path):
+    whole = run(tmp_path / "whole", 10)
+    run(tmp_path / "parts", 5)
+    parts = run(tmp_path / "parts", 10)
+    np.testing.assert_array_equal(whole.params["w"], parts.params["w"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_metrics_after_the_restored_step_are_cut(tmp_path):
+    run(tmp_path, 10, log_every=1)
+    checkpoint_10 = tmp_path / "checkpoints" / "10"
+    (checkpoint_10 / "digests.json").unlink()  # as if killed before the step was whole
+    run(tmp_path, 10, log_every=1)
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 11))
+
+
+def test_steps_of_one_dispatch_equal_single_steps(tmp_path):
+    single = run(tmp_path / "single", 12)
+    scanned = run(tmp_path / "scanned", 12, dispatch=5)  # 5 + 5 + 1 + 1
+    np.testing.assert_allclose(single.params["w"], scanned.params["w"], rtol=1e-6)
+    assert [s for s, _ in losses(tmp_path / "scanned")] == [5, 10, 12]
+
+
+def test_one_compile_of_the_step(tmp_path):
+    run(tmp_path / "warm", 1)  # whatever else is compiled once per process
+    seen = []
+    monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: seen.append(1)
+        if name == "/jax/core/compile/backend_compile_duration" else None)
+
+    def counted(state, data, batch):  # a new function, so that jit cannot reuse
+        return step_fn(state, data, batch)
+
+    calls = []
+    run(tmp_path / "counted", 8, step=counted, evaluate=lambda state: calls.append(len(seen)) or {})
+    assert calls[0] == calls[1]  # nothing is compiled between steps 5 and 8
+
+
+def test_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):
+    def breaks(state, data, batch):
+        return step_fn(state, data, batch, bad_step=8)
+
+    with pytest.raises(NonFinite, match=r"step 8 is nan.*that of step 5"):
+        run(tmp_path, 20, step=breaks)
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 5
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
+    whole = run(tmp_path / "whole", 20)
+    shots = []
+
+    def shoot(state):
+        if not shots:
+            shots.append(os.kill(os.getpid(), signal.SIGTERM))
+        return {}
+
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path / "shot", 20, save_every=1000, evaluate=shoot)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "shot" / "checkpoints")) == 6
+    resumed = run(tmp_path / "shot", 20)
+    np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+
+
+def test_the_loop_moves_nothing_implicitly(tmp_path):
+    # It fetches by device_get and places by explicit shardings alone.
+    run(tmp_path, 3, around=lambda: jax.transfer_guard("disallow"))
+
+
+def test_no_key_is_used_twice(tmp_path):
+    with jax.debug_key_reuse(True):
+        run(tmp_path, 3)
