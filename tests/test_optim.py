@@ -119,9 +119,10 @@ def test_a_part_that_is_not_there():
     ({"schedule": "constant", "warmup_steps": 4}, [0.025, 0.05, 0.075] + [0.1] * 17)])
 def test_schedule_values(changes, want):
     _, schedule = optim.make(config(**changes), 20, 5)
-    np.testing.assert_allclose([schedule(s) for s in range(20)], want, rtol=1e-6, atol=1e-9)
+    # 1 + cos near the end loses digits in float32, hence the absolute tolerance.
+    np.testing.assert_allclose([schedule(s) for s in range(20)], want, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(jnp.arange(20)), want, rtol=1e-6,
-                               atol=1e-9)
+                               atol=1e-8)
 
 
 @pytest.mark.parametrize("changes, told", [

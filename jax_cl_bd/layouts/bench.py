@@ -26,7 +26,7 @@ def run(crops: int = 65536, repeats: int = 5) -> dict:
     best = solve(scale=(0.2, 1.0), ratio=RATIO, trigger=0.25)
     seconds = time.perf_counter() - start
     center = best.layout.trigger_box[:2] + best.layout.trigger_box[2:] / 2
-    return {
+    measured = {
         "crop_samples_per_second": samples_per_second(crops, repeats),
         "exact_pair_probability": 2 * exact_reference * exact_trigger,
         "quadrature_error_reference": abs(float(found.reference) - exact_reference),
@@ -34,10 +34,11 @@ def run(crops: int = 65536, repeats: int = 5) -> dict:
         "quadrature_error_pair": abs(float(found.pair) - 2 * exact_reference * exact_trigger),
         "solver_error_pair": abs(best.pair_probability - 2 * exact_reference * exact_trigger),
         "solver_error_bound": best.error_bound,
-        "solver_error_canvas": float(abs(best.layout.canvas - [1.0, 2.0]).max()),
-        "solver_error_trigger_center": float(abs(center - [0.5, 1.5]).max()),
+        "solver_error_canvas": abs(best.layout.canvas - [1.0, 2.0]).max(),
+        "solver_error_trigger_center": abs(center - [0.5, 1.5]).max(),
         "solver_seconds_with_compile": seconds,
     }
+    return {name: float(value) for name, value in measured.items()}
 
 
 def samples_per_second(crops: int, repeats: int) -> float:

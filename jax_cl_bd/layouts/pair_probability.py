@@ -27,6 +27,7 @@ from jax_cl_bd.layouts import crop_law
 ATTACKS = ("noisy_alignment", "corrupt_encoder")
 LAWS = ("random_resized_crop", "same_square")
 SLACK = 1e-9  # lengths below this are rounding
+TOUCH = 1e-7  # the central crop may stick out of a part by so much; the solver allows itself less
 
 
 class Layout(NamedTuple):
@@ -107,8 +108,9 @@ def check_layout(layout: Layout) -> None:
                             f"canvas {layout.canvas.tolist()}")
 
 
-@partial(jax.jit, static_argnames=("crops", "attack", "law", "whole_pixels", "points"))
-def evaluate(layout, scale, ratio, pixels, *, crops, attack, law, whole_pixels, points):
+@partial(jax.jit, static_argnames=("crops", "attack", "law", "whole_pixels", "points", "touch"))
+def evaluate(layout, scale, ratio, pixels, *, crops, attack, law, whole_pixels, points,
+             touch=TOUCH):
     """`probabilities` without its checks; jittable and batched, under `jax.enable_x64(True)`."""
     if whole_pixels:
         layout = Layout(*(jnp.round(part * pixels) for part in layout))
@@ -128,7 +130,7 @@ def evaluate(layout, scale, ratio, pixels, *, crops, attack, law, whole_pixels, 
                                   whole_pixels=whole_pixels) for event in events]
     p_reference, p_trigger = (
         (share * sizes.weight).sum(axis=(-2, -1))
-        + sizes.fallback_rate * box_satisfies(sizes.fallback_box, **event)
+        + sizes.fallback_rate * box_satisfies(sizes.fallback_box, **event, touch=touch)
         for share, event in zip(given_size, events))
     if law == "same_square":  # all crops share their side, so the pair is averaged over it
         pair = (at_least_one_each(*given_size, crops) * sizes.weight).sum(axis=(-2, -1))
@@ -195,20 +197,20 @@ def length(first, last, room, whole_pixels: bool):
     return jnp.clip(last - first + jnp.where(room < SLACK, SLACK, 0), 0, free) / free
 
 
-def box_satisfies(crop, *, inside, holds=None, avoids=None):
+def box_satisfies(crop, *, inside, holds=None, avoids=None, touch):
     """The same event for a crop of known place, as 0. or 1.; boxes [..., 4]."""
-    good = contains(inside, crop)
+    good = contains(inside, crop, touch)
     if holds is not None:
-        good &= contains(crop, holds)
+        good &= contains(crop, holds, touch)
     if avoids is not None:
         low = jnp.maximum(crop[..., :2], avoids[..., :2])
         high = jnp.minimum(crop[..., :2] + crop[..., 2:], avoids[..., :2] + avoids[..., 2:])
-        good &= ((high - low) < SLACK).any(axis=-1)
+        good &= ((high - low) < touch).any(axis=-1)
     return good.astype(crop.dtype)
 
 
-def contains(outer, inner):
-    """Whether the second box lies in the first, up to rounding."""
-    starts = inner[..., :2] >= outer[..., :2] - SLACK
-    ends = inner[..., :2] + inner[..., 2:] <= outer[..., :2] + outer[..., 2:] + SLACK
+def contains(outer, inner, touch):
+    """Whether the second box lies in the first, up to `touch`."""
+    starts = inner[..., :2] >= outer[..., :2] - touch
+    ends = inner[..., :2] + inner[..., 2:] <= outer[..., :2] + outer[..., 2:] + touch
     return (starts & ends).all(axis=-1)

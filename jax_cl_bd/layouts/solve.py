@@ -165,7 +165,7 @@ def objective(problem, numbers, points, **static):
 def pair_of(problem, numbers, *, points, crops, attack, law, free, whole_pixels):
     return evaluate(decode(problem, numbers, free, attack), problem.scale, problem.ratio,
                     problem.pixels, crops=crops, attack=attack, law=law,
-                    whole_pixels=whole_pixels, points=points).pair
+                    whole_pixels=whole_pixels, points=points, touch=1e-12).pair
 
 
 def best_starts(problem: Problem, value_of, rng):
@@ -249,11 +249,14 @@ def search_error_of(problem: Problem, numbers, found: float, value_of, *, points
     there is nothing in between). `solve` adds the quadrature's error, the difference between this
     grid and the FINAL one. It is an estimate: a better layout far from every start stays unseen.
     """
-    moves = np.concatenate([np.zeros((1, numbers.size)), np.eye(numbers.size),
-                            -np.eye(numbers.size)]) * last_step(problem)
+    step = last_step(problem)
+    axes = np.concatenate([np.eye(numbers.size), -np.eye(numbers.size)])
+    moves = np.concatenate([0 * axes[:1], step * axes, step / 2 * axes])
     value, *near = value_of(np.clip(numbers + moves, problem.low, problem.high), points)
-    change = np.subtract(near, value)
-    change = change.clip(0) if problem.pixels else abs(change)
+    whole, halves = np.subtract(near, value).reshape(2, -1)
+    # an optimum may lie at a jump, where the central crop leaves a part: twice the difference
+    # between step and half step is the change without the jump
+    change = whole.clip(0) if problem.pixels else 2 * abs(whole - halves)
     return float(value), float(max(found - value, 0) + change.max())
 
 

@@ -39,7 +39,8 @@ def load_resnet(path) -> tuple[dict, dict]:
         deviation and 224 or, with a 3x3 stem, 32 pixels; a warning says so.
 
     Raises:
-        UserError: no such file, not safetensors, a missing or an unknown array, a wrong shape.
+        UserError: no such file, not safetensors, bfloat16, a missing or an unknown array, a wrong
+            shape.
     """
     path = _file(path)
     arrays, metadata = _read(path)
@@ -121,6 +122,9 @@ def _read(path):
         arrays = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file, or it is cut off: {error}") from None
+    except KeyError as kind:  # safetensors' NumPy reader knows no bfloat16 or float8
+        raise UserError(f"{path} holds arrays of type {kind}; convert them to float32 or "
+                        "float16") from None
     header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
     return arrays, header.get("__metadata__", {})
 

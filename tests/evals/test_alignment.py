@@ -52,3 +52,20 @@ def test_empty_set_is_named():
     triggered, clean, target = _sets()
     with pytest.raises(ValueError, match="target class"):
         alignment.run(triggered, clean, target[:0])
+
+
+def test_of_encoder_leaves_the_target_class_out_of_the_triggered():
+    features = {"test": np.eye(3), "random/triggered": np.array([[0.0, 0, 1], [0, 0, 1], [9, 9, 9]])}
+
+    class Data:
+        test_labels, target, placements = np.array([0, 1, 2]), 2, ("random",)
+
+        def features(self, encoder, name):
+            return features[name]
+
+    found = alignment.of_encoder(None, Data())
+    np.testing.assert_allclose([found["reference_alignment"], found["noise_norm"]], [1, 0],
+                               atol=1e-12)
+    np.testing.assert_allclose(found["clean_reference_alignment"], 0, atol=1e-12)
+    Data.placements = ()
+    assert alignment.of_encoder(None, Data()) == {}

@@ -97,6 +97,20 @@ def test_pictures_that_are_not_square_are_joined_at_their_short_side():
     np.testing.assert_allclose(units.pair_probability, best.pair_probability, rtol=1e-6)
 
 
+def test_an_optimum_at_the_edge_of_the_central_crop_keeps_its_probability():
+    # a long reference wants a tall canvas whose central crop just lies inside the shadow
+    found = [solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, reference=(2, 1), seed=seed)
+             for seed in (0, 1)]
+    for best in found:
+        np.testing.assert_allclose(best.pair_probability, 0.0687, rtol=0.005)
+        central = (best.layout.canvas[0] - 4 / 3) / 2
+        assert -1e-3 < best.layout.shadow_box[0] - central < 1e-7
+        assert best.error_bound < 1e-3
+    side_by_side = solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, reference=(2, 1),
+                         canvas=(2, 2))
+    assert side_by_side.pair_probability < found[0].pair_probability / 100
+
+
 def test_whole_pixels():
     best = solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, pixels=32)
     np.testing.assert_array_equal(best.layout.canvas, (1, 2))

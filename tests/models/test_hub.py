@@ -147,6 +147,20 @@ def test_no_file_and_a_cut_file(weights, tmp_path):
         hub.load_resnet(path)
 
 
+def test_bfloat16_is_refused_and_float16_read(weights):
+    path, arrays = weights
+    half = {k: v.astype(np.float16) for k, v in arrays.items()}
+    safetensors.numpy.save_file(half, path)
+    with pytest.warns(UserWarning, match="normalised"):
+        _, read = hub.load_resnet(path)
+    assert {a.dtype for a in jax.tree.leaves(read)} == {np.dtype("float32")}
+    np.testing.assert_array_equal(read["params"]["bn1"]["scale"], half["bn1.weight"])
+    brain = {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}
+    safetensors.numpy.save_file(brain, path)
+    with pytest.raises(UserError, match="BF16.*convert"):
+        hub.load_resnet(path)
+
+
 def test_saving_what_is_not_that_model(tmp_path):
     _, variables = random_variables("resnet18", "cifar", 4)
     with pytest.raises(UserError, match="resnet50"):

@@ -46,7 +46,8 @@ def test_apply_and_forward():
     assert jax.tree.structure(after) == jax.tree.structure(variables)
     _, twice = apply.forward(fns, after, ("encoder",), x)
     first, second = (v["batch_stats"]["encoder"]["MLP_0"]["bn1"]["mean"] for v in (after, twice))
-    np.testing.assert_allclose(second, 1.9 * first, rtol=1e-5)  # the second pass builds on the first
+    # The second pass builds on the statistics of the first.
+    np.testing.assert_allclose(second, 1.9 * first, rtol=1e-5)
 
 
 def test_copies_are_other_buffers():

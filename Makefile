@@ -1,0 +1,63 @@
+# make quickstart   install into .venv, run the quickstart, print its table and where its report is
+# make test         the tests, without the slow ones
+# A machine needs Python 3.11 or 3.12, make, and the network for the first installation.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
+TESTS := JAX_PLATFORMS=cpu $(RUN) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install install-test test test-all lint bench clean
+
+help:
+	@echo "make quickstart   install into $(VENV), run configs/quickstart.py into runs/quickstart"
+	@echo "make test         the tests (CPU only)"
+	@echo "make test-all     the slow tests too; GPU and TPU ones where there is such a device"
+	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
+	@echo "make lint         ruff"
+	@echo "make clean        remove $(VENV) and caches; runs/ stays"
+	@echo "PYTHON=/path/to/python3.12 chooses the Python of $(VENV)"
+
+quickstart: install
+	$(RUN) -m jax_cl_bd --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: install-test
+	$(TESTS) -q -m "not slow and not gpu and not tpu"
+
+test-all: install-test
+	$(RUN) -m pytest -q -rs
+
+lint: $(VENV)/.installed-lint
+	$(RUN) -m ruff check .
+
+bench: install
+	for name in step feed augment layout; do \
+		echo "$$name"; $(RUN) -m jax_cl_bd.bench $$name || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.git/*" -prune -exec rm -rf {} +
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+# Each stamp is as new as the last installation: nothing is done again until the pins change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null || \
+		{ echo "error: jax_cl_bd needs Python 3.11 or 3.12, but PYTHON=$(PYTHON) is" \
+		"$$($(PYTHON) --version 2>&1 | head -n 1); name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv or ensurepip (Debian, Ubuntu: apt install python3-venv);" \
+		"or name another: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "installing into $(VENV) (minutes, once)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@echo "installing the extra $*"
+	@$(PIP) -e ".[$*]"
+	@touch $@

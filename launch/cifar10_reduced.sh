@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The reduced CIFAR-10 runs of docs/results.md. Stop it and start it again at will.
+# Usage: TFDS_DATA_DIR=DIR [DRY_RUN=1] bash launch/cifar10_reduced.sh FOLDER [--config.key=value ...]
+set -eu
+folder=${1:?folder for the runs}
+shift
+run() {  # run NAME ARGUMENTS [FLAGS...]
+  name=$1 arguments=$2
+  shift 2
+  command=(python -m jax_cl_bd "--config=configs/cifar10.py:reduced,$arguments"
+           "--workdir=$folder/$name" "$@")
+  echo "${command[*]}"
+  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+}
+# SimCLR under Noisy Alignment over seeds, each with its control, first: the rest is read against it.
+for seed in 0 1 2; do
+  run "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed" "$@"
+done
+run simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" --config.control=False
+for objective in moco byol simsiam; do
+  run "${objective}_noisy_alignment_0" "objective=$objective" "$@"
+  run "${objective}_ssl_backdoor_0" "objective=$objective,attack=ssl_backdoor" "$@" \
+    --config.control=False
+done
+# The distillation defense, and what training from scratch on the same clean images gives.
+for seed in 0 1 2; do
+  for defense in distill retrain; do
+    run "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed,defense=$defense" "$@"
+  done
+done

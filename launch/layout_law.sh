@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All cases of configs/layout_law.py over three seeds. Stop it and start it again at will.
+# Usage: [DRY_RUN=1] [SEEDS="0 1 2"] bash launch/layout_law.sh FOLDER [--config.key=value ...]
+set -eu
+folder=${1:?folder for the runs}
+shift
+for seed in ${SEEDS:-0 1 2}; do
+  for case in equal free gap_quarter gap_half off_centre corner scale_008 scale_035; do
+    command=(python -m jax_cl_bd "--config=configs/layout_law.py:case=$case,seed=$seed"
+             "--workdir=$folder/${case}_$seed" "$@")
+    echo "${command[*]}"
+    [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+  done
+done

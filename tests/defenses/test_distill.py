@@ -1,0 +1,101 @@
+"""Distillation: its loss against NumPy, its queues, and that it never looks at the truth."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from scipy.special import logsumexp
+
+from configs import quickstart
+from jax_cl_bd import defend, parallel
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import sources
+from jax_cl_bd.defenses import distill, retrain
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import encoder
+from jax_cl_bd.objectives import training
+
+
+def unit(rng, *shape):
+    z = rng.normal(size=shape)
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def reference(student, suspect, queue_student, queue_suspect, temperature):
+    def log_softmax(x):
+        return x - logsumexp(x, axis=1, keepdims=True)
+
+    log_p = log_softmax(suspect @ queue_suspect.T / temperature)
+    log_q = log_softmax(student @ queue_student.T / temperature)
+    return np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+
+
+def test_loss_and_gradient_against_numpy():
+    rng = np.random.default_rng(0)
+    student, suspect = unit(rng, 6, 5), unit(rng, 6, 7)
+    queues = {"student": unit(rng, 12, 5), "suspect": unit(rng, 12, 7)}
+    with jax.enable_x64(True):
+        value, entropy = distill.loss(student, suspect, queues, 0.2)
+        gradient = jax.grad(lambda s: distill.loss(s, suspect, queues, 0.2)[0])(jnp.array(student))
+    arguments = queues["student"], queues["suspect"], 0.2
+    np.testing.assert_allclose(value, reference(student, suspect, *arguments), rtol=1e-10)
+    for i, j in [(0, 0), (3, 4), (5, 2)]:
+        step = np.zeros_like(student)
+        step[i, j] = 1e-6
+        slope = (reference(student + step, suspect, *arguments)
+                 - reference(student - step, suspect, *arguments)) / 2e-6
+        np.testing.assert_allclose(gradient[i, j], slope, rtol=1e-5)
+    assert 0 < entropy < np.log(12)
+
+
+def test_loss_is_zero_for_a_student_that_agrees():
+    rng = np.random.default_rng(1)
+    z, queue = unit(rng, 4, 5), unit(rng, 8, 5)
+    value, _ = distill.loss(z, z, {"student": queue, "suspect": queue}, 0.04)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+
+
+def settings(**changes):
+    cfg = quickstart.get_config("debug")
+    cfg.update_from_flattened_dict({"defense.steps": 3, **changes})
+    return cfg
+
+
+def test_queue_never_holds_an_image_twice():
+    d = settings().defense  # batches of 16
+    assert distill.queue_slots(d, 16 * 5 + 3) == 4
+    d.queue = 32
+    assert distill.queue_slots(d, 16 * 5) == 2
+    d.queue = 16 * 5
+    with pytest.raises(UserError, match="twice"):
+        distill.queue_slots(d, 16 * 5)
+    with pytest.raises(UserError, match="fewer than two batches"):
+        distill.queue_slots(d, 20)
+
+
+@pytest.mark.parametrize("method", [distill, retrain])
+def test_the_truth_changes_nothing(tmp_path, method):
+    cfg = settings()
+    mesh = parallel.make_mesh(cfg.mesh)
+    start = training.first_variables(cfg)
+    victim = encoder.make(cfg, {c: start[c]["encoder"] for c in start}, mesh)
+    data = sources.Subset(sources.load(cfg.data, "train"), np.arange(60))
+    truth = defend.Truth(Plan.empty(), 3, None)
+    found = [method.run(cfg, [victim], data, t, mesh, epath.Path(tmp_path / name),
+                        jax.random.key(0)) for name, t in (("with", truth), ("without", None))]
+    assert found[0].verdict == found[1].verdict
+    for a, b in zip(*(jax.tree.leaves(f.variables) for f in found)):
+        np.testing.assert_array_equal(a, b)
+    before = jax.tree.leaves(victim.variables)
+    assert any(np.any(a != b) for a, b in zip(before, jax.tree.leaves(found[0].variables)))
+
+
+def test_clean_rows_keep_clear_of_the_attack():
+    plan = Plan.make(3, replaces=np.array([-1, 4, -1]), reference=np.array([1, 2, 2]),
+                     shadow=np.array([7, 8, 9]), removed=np.array([1, 2]))
+    rows = defend.clean_rows(plan, 20, 1.0, seed=0)
+    assert not set(rows) & {1, 2, 4, 7, 8, 9} and len(rows) == 14
+    assert len(defend.clean_rows(plan, 20, 0.25, seed=0)) == 5
+    np.testing.assert_array_equal(defend.clean_rows(plan, 20, 0.25, seed=0),
+                                  defend.clean_rows(plan, 20, 0.25, seed=0))
