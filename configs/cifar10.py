@@ -6,7 +6,7 @@
 Full size: ResNet-18 with the CIFAR stem, 50,000 images, batch 256, the recipes of
 papers files (jsrdcht/SSL-Backdoor, configs/ssl), 2,500 poisons (5 %), 1,200 references, target
 airplane, trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with a small
-ResNet, 500 poisons and 1,500 steps, for a CPU with 2 cores.
+ResNet, 500 poisons and 2,000 steps, for a CPU with 2 cores.
 Arguments after the colon: reduced, debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
 objective=simclr|moco|byol|simsiam, defense=none|distill|retrain, keep_references, target=CLASS,
 trigger=ID, seed=N.
@@ -15,7 +15,7 @@ docs/results.md has what came out.
 
 from configs import common
 
-# On 1,500 steps the queue and the target network must move faster than on 58,500.
+# On 2,000 steps the queue and the target network must move faster than on 58,500.
 REDUCED = dict(simclr={}, moco=dict(queue_batches=16, momentum=0.99, hidden=128),
                byol=dict(hidden=512), simsiam=dict(layers=2, hidden=512, dim=512, bottleneck=128))
 
@@ -37,8 +37,8 @@ def get_config(arg=""):
                              keep_references=a["keep_references"]),
         augment=dict(view1=dict(common.SMALL_VIEW), view2=dict(common.SMALL_VIEW),
                      interpolation="bilinear"),
-        model=dict(name="resnet18", stem="cifar", stem_stride=1, width=64, stages=(),
-                   dtype="bfloat16", bn_groups=8 if a["objective"] == "moco" else 1),
+        model=dict(name="resnet18", stem="cifar", width=64, stem_stride=1, first_stride=1,
+                   stages=(), dtype="bfloat16", bn_groups=8 if a["objective"] == "moco" else 1),
         objective=dict(objective), optim=dict(optim),
         train=dict(steps=0, epochs=300, batch_size=256, log_every=100, save_every=1000,
                    eval_every=5000, steps_per_dispatch=1),
@@ -49,10 +49,11 @@ def get_config(arg=""):
                                    lr=0.01))))
     if a["reduced"]:
         cfg.data.limit = 10_000
-        cfg.model.update(name="small_resnet", stem_stride=2, stages=(32, 64, 128), dtype="float32")
+        cfg.model.update(name="small_resnet", width=32, stem_stride=2, first_stride=2,
+                         stages=(64, 128), dtype="float32")
         cfg.objective.update(REDUCED[a["objective"]])
         cfg.optim.update(per_epoch=False, warmup_steps=100)
-        cfg.train.update(steps=1500, epochs=0, log_every=25, save_every=125, eval_every=500)
+        cfg.train.update(steps=2000, epochs=0, log_every=25, save_every=125, eval_every=500)
         if a["defense"] != "none":
             cfg.defense.update(steps=1000, batch_size=128)
         if a["defense"] == "distill":

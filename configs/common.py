@@ -110,7 +110,8 @@ def config(**groups):
 def debug(cfg):
     """Shrinks any config to seconds: 2 steps, batch 16, a tiny encoder, few rows."""
     cfg.data.limit = 200
-    cfg.model.update(name="small_resnet", stages=(8, 16), dtype="float32", stem_stride=1)
+    cfg.model.update(name="small_resnet", width=8, stages=(8, 16), dtype="float32",
+                     stem_stride=1, first_stride=1)
     cfg.model.bn_groups = min(cfg.model.bn_groups, 2)
     cfg.data.image_size = min(cfg.data.image_size, 32)
     cfg.attack.trigger.size = min(cfg.attack.trigger.size, 8)

@@ -21,13 +21,13 @@ def build(cfg) -> nn.Module:
         raise unknown("model.dtype", cfg.dtype, ("float32", "bfloat16"))
     if cfg.bn_groups < 1:
         raise UserError(f"model.bn_groups = {cfg.bn_groups}; must be at least 1 (1 = global)")
+    if cfg.width < 1:
+        raise UserError(f"model.width = {cfg.width}; must be at least 1 (64 is usual)")
     if cfg.name == "small_resnet":
         _check_small(cfg)
     else:
         if cfg.stem not in ("cifar", "imagenet"):
             raise unknown("model.stem", cfg.stem, ("cifar", "imagenet"))
-        if cfg.width < 1:
-            raise UserError(f"model.width = {cfg.width}; must be at least 1 (64 is usual)")
     return ENCODERS[cfg.name](cfg)
 
 
@@ -35,5 +35,6 @@ def _check_small(cfg):
     if not cfg.stages or min(cfg.stages) < 1:
         raise UserError(f"model.stages = {tuple(cfg.stages)}; needs one positive channel count "
                         "per stage, e.g. (32, 64, 128)")
-    if cfg.get("stem_stride", 1) not in (1, 2):
-        raise UserError(f"model.stem_stride = {cfg.stem_stride}; must be 1 or 2")
+    for name in ("stem_stride", "first_stride"):
+        if cfg[name] not in (1, 2):
+            raise UserError(f"model.{name} = {cfg[name]}; must be 1 or 2")

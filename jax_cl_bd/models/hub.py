@@ -141,7 +141,7 @@ def _describe(path, arrays):
 
 def _model(name, stem, width):
     return {"name": name, "stem": stem, "width": int(width), "stages": (), "stem_stride": 1,
-            "dtype": "float32", "bn_groups": 1}
+            "first_stride": 1, "dtype": "float32", "bn_groups": 1}
 
 
 def _shapes(model):

@@ -61,16 +61,20 @@ class ResNet(nn.Module):
         widths: channels of every stage (a quarter of its output in a bottleneck network).
         bottleneck: kind of block.
         stem: "cifar" = 3x3 convolution; "imagenet" = 7x7, stride 2, then 3x3 max-pooling, stride 2.
+        stem_width: channels of the stem.
         stem_stride: stride of the cifar stem.
+        first_stride: stride of the first stage; the later ones have 2.
         bn_groups: see `norm.BatchNorm`.
         dtype: of the computation; parameters and features stay float32.
     """
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
+    stem_width: int
     bottleneck: bool = False
     stem: str = "cifar"
     stem_stride: int = 1
+    first_stride: int = 1
     bn_groups: int = 1
     dtype: jnp.dtype = jnp.float32
 
@@ -79,14 +83,14 @@ class ResNet(nn.Module):
         x = x.astype(self.dtype)
         large = self.stem == "imagenet"
         size, stride = (7, 2) if large else (3, self.stem_stride)
-        x = conv(self.widths[0], size, stride, self.dtype, "conv1")(x)
+        x = conv(self.stem_width, size, stride, self.dtype, "conv1")(x)
         x = BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(x, train)
         x = nn.relu(x)
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
+                stride = 1 if i else 2 if stage else self.first_stride
                 x = Block(width, stride, self.bottleneck, self.bn_groups, self.dtype,
                           name=f"layer{stage + 1}_{i}")(x, train)
         return x.astype(jnp.float32).mean((1, 2))
@@ -103,18 +107,21 @@ def resnet50(cfg) -> ResNet:
 
 
 def small_resnet(cfg) -> ResNet:
-    """One basic block per entry of cfg.stages (its channels), each stage half as large, for CPUs.
+    """A stem of cfg.width channels, then one basic block per entry of cfg.stages, for CPUs.
 
     XLA's CPU convolutions get slow on maps under 4x4 (512 maps of 2x2x256 took 390 ms, 4x4x128
-    took 9 ms), so choose stages and stem_stride (1 or 2, default 1) to end at 4x4 or 8x8.
+    took 9 ms), and weight gradients of wide maps with few channels are slow too, so choose
+    stem_stride and first_stride (1 or 2) to be down at 8x8 soon and to end at 4x4.
     """
-    return ResNet(depths=(1,) * len(cfg.stages), widths=tuple(cfg.stages), stem="cifar",
-                  stem_stride=cfg.get("stem_stride", 1), **_shared(cfg))
+    return ResNet(depths=(1,) * len(cfg.stages), widths=tuple(cfg.stages), stem_width=cfg.width,
+                  stem="cifar", stem_stride=cfg.stem_stride, first_stride=cfg.first_stride,
+                  **_shared(cfg))
 
 
 def _classic(cfg, depths, *, bottleneck):
     widths = tuple(cfg.width * 2**i for i in range(4))
-    return ResNet(depths=depths, widths=widths, bottleneck=bottleneck, stem=cfg.stem,
+    return ResNet(depths=depths, widths=widths, stem_width=cfg.width,
+                  bottleneck=bottleneck, stem=cfg.stem,
                   **_shared(cfg))
 
 

@@ -10,7 +10,7 @@ from jax_cl_bd.models.build import build
 
 def config(**changes):
     return ConfigDict({"name": "small_resnet", "stem": "cifar", "width": 64, "stages": (4, 8, 16),
-                       "stem_stride": 1, "dtype": "float32", "bn_groups": 1} | changes)
+                       "stem_stride": 1, "first_stride": 1, "dtype": "float32", "bn_groups": 1} | changes)
 
 
 def shapes(cfg, side):
@@ -37,9 +37,10 @@ def test_width_scales_every_stage():
     assert features.shape == (2, 128)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_small_resnet_end(stride):
-    cfg = config(stem_stride=stride)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
+def test_small_resnet_end(strides):
+    cfg = config(stem_stride=strides[0], first_stride=strides[1])
+    stride = strides[0] * strides[1]
     params, features = shapes(cfg, 32)
     assert features.shape == (2, 16) and features.dtype == jnp.float32
     assert sorted(params) == ["bn1", "conv1", "layer1_0", "layer2_0", "layer3_0"]
