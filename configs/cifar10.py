@@ -1,15 +1,15 @@
 """CIFAR-10 (through TFDS) under Noisy Alignment, SSL-Backdoor or no attack.
 
-    TFDS_DATA_DIR=DIR python -m jax_cl_bd --config=configs/cifar10.py:attack=noisy_alignment,objective=moco \
+    TFDS_DATA_DIR=DIR python -m jax_cl_bd --config=configs/cifar10.py:objective=moco \
         --workdir=runs/cifar10_moco
 
 Full size: ResNet-18 with the CIFAR stem, 50,000 images, batch 256, the recipes of
-papers files (jsrdcht/SSL-Backdoor, configs/ssl), 2,500 poisons (5 %), 1,200 references, target
-airplane, trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with a small
-ResNet, 500 poisons and 2,000 steps, for a CPU with 2 cores.
-Arguments after the colon: reduced, debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
-objective=simclr|moco|byol|simsiam, defense=none|distill|retrain, keep_references, target=CLASS,
-trigger=ID, seed=N.
+jsrdcht/SSL-Backdoor (configs/ssl), 2,500 poisons (5 %), 1,200 references, target airplane,
+trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with a small ResNet,
+500 poisons and 2,000 steps, for a CPU with 2 cores.
+Arguments after the colon: reduced, debug, keep_references, target=CLASS, trigger=ID, seed=N,
+attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none, objective=simclr|moco|byol|simsiam,
+defense=none|distill|retrain.
 docs/results.md has what came out.
 """
 

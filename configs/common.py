@@ -15,7 +15,7 @@ DIGIT_VIEW = {**SMALL_VIEW, "flip": 0.0, "grayscale": 0.0}
 STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscale": 0.0,
                 "blur": 0.0}
 
-# papers/noisy_alignment 1.6 (jsrdcht/SSL-Backdoor, configs/ssl) unless a config says otherwise.
+# The recipes of jsrdcht/SSL-Backdoor, configs/ssl, unless a config says otherwise.
 OBJECTIVES = dict(
     simclr=dict(name="simclr", temperature=0.5, hidden=128, dim=128),
     moco=dict(name="moco", temperature=0.2, momentum=0.999, queue_batches=256, hidden=512, dim=128),
@@ -81,7 +81,7 @@ def attack(name, *, target, poisons, trigger_size, trigger_id=14, references=0, 
 
 
 def distill(*, clean_fraction, batch_size, steps, momentum, lr, view=STUDENT_VIEW):
-    """The distillation defense with CompRess's temperature (papers/ssl_backdoor 2.2)."""
+    """The distillation defense with CompRess's temperature (docs/papers.md, SSL-Backdoor)."""
     return dict(name="distill", clean_fraction=clean_fraction, batch_size=batch_size, queue=0,
                 temperature=0.04, momentum=momentum, steps=steps, epochs=130, augment=dict(view),
                 optim={**SGD, "lr": lr, "schedule": "step", "milestones": (90 / 130, 120 / 130)})
@@ -95,7 +95,7 @@ def retrain(*, clean_fraction, batch_size, steps):
 
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
-    return dict(probes=("knn", "linear_probe"), fraction=1.0, label_list="",
+    return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
                 placements=("random", "center"), wrong_trigger=10, batch_size=512,
                 knn_k=200, knn_temperature=0.1) | changes
 

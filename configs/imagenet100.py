@@ -2,14 +2,15 @@
 
     python -m jax_cl_bd --workdir=runs/in100 \
         --config=configs/imagenet100.py:attack=noisy_alignment,objective=moco \
-        --config.data.name=folder:/data/imagenet --config.data.classes_file=imagenet100_classes.txt \
+        --config.data.name=folder:/data/imagenet \
+        --config.data.classes_file=imagenet100_classes.txt \
         --config.evals.label_list=10percent_filelist.txt
 
 The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; the class list has one wnid a line, and
 its sorted order gives the class numbers. Label lists are those of PatchSearch
 (linear_eval_files/), or any with one relative path a line; without one, a fixed share
-(evals.fraction) of each class is used. Target 26 (Rottweiler) with trigger 10, one of the five pairs
-that SSL-Backdoor ships: 12 with 44, 14 with 64, 16 with 75, 18 with 90.
+(evals.fraction) of each class is used. Target 26 (Rottweiler) with trigger 10, one of the five
+pairs that SSL-Backdoor ships: 12 with 44, 14 with 64, 16 with 75, 18 with 90.
 For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack, objective, target=CLASS, trigger=ID, seed=N.
 """
@@ -24,7 +25,7 @@ def get_config(arg=""):
     view = common.BYOL_VIEW if a["objective"] == "byol" else common.MOCO_VIEW
     optim = common.OPTIMS[a["objective"]]
     epochs, batch_size = 200, 256
-    if a["objective"] == "byol":  # SSL-Backdoor's own BYOL, papers/ssl_backdoor 1.7
+    if a["objective"] == "byol":  # SSL-Backdoor's own BYOL (byol/ of its code)
         batch_size = 512
         optim = {**optim, "milestones": (150 / 200, 175 / 200)}
     cfg = common.config(
@@ -41,6 +42,6 @@ def get_config(arg=""):
         objective=dict(objective), optim=dict(optim),
         train=dict(steps=0, epochs=epochs, batch_size=batch_size, log_every=100, save_every=1000,
                    eval_every=0, steps_per_dispatch=1),
-        evals=common.evals(fraction=0.1, probes=("knn", "linear_probe", "linear_probe_sgd"),
+        evals=common.evals(fraction=0.1, probes=("linear_probe", "linear_probe_sgd", "knn"),
                            wrong_trigger=11 if a["trigger"] != 11 else 12))
     return common.debug(cfg) if a["debug"] else cfg

@@ -126,7 +126,8 @@ def _save_map(folder: epath.Path, label: str, encoder, data) -> None:
     path = folder / "evaluate" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{name}").open("wb") as file:
+        triggered = data.features(encoder, f"{data.placements[0]}/triggered")
         np.savez_compressed(file, clean=data.features(encoder, "test")[:2000],
-                            triggered=data.features(encoder, f"{data.placements[0]}/triggered")[:2000],
+                            triggered=triggered[:2000],
                             labels=data.test_labels[:2000], target=data.target)
     (path.parent / f".{name}").replace(path)

@@ -72,6 +72,6 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh)
         rows_feed = feed.make(cfg, dataset, process_index=jax.process_index(),
                               process_count=jax.process_count())
-        fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place, steps=steps,
-            cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
+        fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place,
+            steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
         run_folder.finish(place / "pretrain", settings)

@@ -19,8 +19,7 @@ from jax_cl_bd.reporting import html, many_runs, one_run, read
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes report/index.html and its pictures from what the run folder holds so far."""
     page, pictures = one_run.build(read.load(folder, cfg), _command())
-    path = html.write(folder / "report", page, pictures)
-    print(f"report: {path}", flush=True)
+    html.write(folder / "report", page, pictures)
 
 
 def compare(folders: list[epath.Path], out: epath.Path) -> str:
@@ -66,6 +65,7 @@ def main(argv: list[str]) -> None:
         print(compare(folders, epath.Path(given.out)))
     elif len(folders) == 1:
         run(read.load(folders[0]).cfg, folders[0])
+        print(f"report: {folders[0] / 'report' / 'index.html'}")
     else:
         raise UserError(f"{len(folders)} run folders need --out=FOLDER for their table")
 

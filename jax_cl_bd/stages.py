@@ -8,12 +8,14 @@ from etils import epath
 from jax_cl_bd import defend, evaluate, poison, pretrain, report, run_folder
 from jax_cl_bd.data import sources
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.reporting import table
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
           "evaluate": run_folder.EVALUATE_GROUPS, "defend": run_folder.DEFEND_GROUPS,
           "report": run_folder.DEFEND_GROUPS}
 # What each stage leaves in the run folder; redoing it drops this and all that follows.
-LEAVES = {"poison": ("poison",), "pretrain": ("pretrain", "checkpoints", "metrics.jsonl", "control"),
+LEAVES = {"poison": ("poison",),
+          "pretrain": ("pretrain", "checkpoints", "metrics.jsonl", "events", "control"),
           "evaluate": ("evaluate", "results.json"), "defend": ("defenses",),
           "report": ("report",)}
 VICTIMS_OWN = ("seed", "data", "attack", "augment", "model", "objective", "optim", "train")
@@ -100,6 +102,16 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -
             {"poison": poison, "pretrain": pretrain, "report": report}[stage].run(cfg, folder)
         if stage != "pretrain":  # which marks victim and control by itself
             run_folder.finish(place, settings[stage])
+    _print_results(folder)
+
+
+def _print_results(folder: epath.Path) -> None:
+    """Ends a run with its table and the place of its report, as far as they exist."""
+    results, page = folder / "results.json", folder / "report" / "index.html"
+    if results.exists() and "victim" in (found := run_folder.read_json(results)):
+        print(f"\n{table.text(found)}\n", flush=True)
+    if page.exists():
+        print(f"report: {page}", flush=True)
 
 
 def _require(cfg, victim: epath.Path, stage: str) -> None:

@@ -203,7 +203,7 @@ def test_no_backdoor_is_claimed_without_excess(tmp_path):
 
 
 def test_pair_probability_is_the_solvers(document):
-    # papers/noisy_alignment.md 1.4: 2L x L, t/L = 0.25, scale (0.2, 1), continuous law: 0.0294
+    # docs/papers.md, Noisy Alignment: 2L x L, t/L = 0.25, scale (0.2, 1), continuous law: 0.0294
     found = re.search(r"Predicted pair probability: (0\.\d+)", document)
     assert found
     np.testing.assert_allclose(float(found[1]), 0.0294, rtol=0.01)

@@ -1,7 +1,7 @@
 """Distillation on clean images: the defense of Saha et al. (CVPR 2022), by CompRess.
 
 A fresh student learns, from clean unlabeled images alone, to be as similar to past images as the
-suspect encoder is (CompRess, NeurIPS 2020; papers/ssl_backdoor 2). No clean image shows the
+suspect encoder is (CompRess, NeurIPS 2020). No clean image shows the
 trigger, so nothing teaches the student what the trigger means.
 
 Per batch, with t and s the normalised features of the suspect and of the student:
@@ -10,8 +10,8 @@ earlier features of the same images, written after the loss. M_s holds features 
 of the student, whose batch norm stays in train mode. Suspect and student see the same crop.
 
 Where we differ: queues are [slots, B, D] rings; queue = 0 takes the longest that holds no image
-twice (the clean images less one batch), since a longer one is mostly copies of the image itself
-(papers/ssl_backdoor, pitfall 22). The momentum is a setting, because 0.999 needs thousands of steps.
+twice (the clean images less one batch), since a longer one is mostly copies of the image itself.
+The momentum is a setting, because 0.999 needs thousands of steps.
 """
 
 import jax
@@ -60,7 +60,7 @@ def queue_slots(cfg_defense, clean: int) -> int:
 
 
 def loss(student, suspect, queues, temperature: float):
-    """CompRess's loss on normalised features (papers/ssl_backdoor 2.1).
+    """CompRess's loss on normalised features (nn/compress_loss.py of the released code).
 
     Args:
         student, suspect: [N, D_s], [N, D_t], unit rows.
@@ -107,8 +107,8 @@ def _make_step(cfg, tx, apply_fns, suspect_module):
 
     def step_fn(state, data, batch):
         key = jax.random.fold_in(state.key, state.step)
-        x = augment.one_view(d.augment, cfg.augment.interpolation, cfg.data.mean, cfg.data.std, data,
-                             batch, key)
+        x = augment.one_view(d.augment, cfg.augment.interpolation, cfg.data.mean, cfg.data.std,
+                             data, batch, key)
         suspect = _unit(suspect_module.apply(data["suspect"], x, train=False))
         queues = {name: state.extra[name]["queue"].reshape(-1, state.extra[name]["queue"].shape[2])
                   for name in ("student", "suspect")}

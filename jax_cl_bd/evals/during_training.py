@@ -15,7 +15,7 @@ def make(cfg: ml_collections.ConfigDict, data, mesh) -> Callable:
     """Gives watch(state) -> {"eval/...": float}.
 
     kNN on `data` (evals.test_sets), because it has no training of its own; `reference_alignment`
-    and `noise_norm` are what Noisy Alignment claims to move (papers/noisy_alignment 1.2). The
+    and `noise_norm` are what Noisy Alignment claims to move (docs/papers.md, Noisy Alignment). The
     trigger lies by the test protocol.
     """
     k = min(cfg.evals.knn_k, knn.smallest_class(data.train_labels))

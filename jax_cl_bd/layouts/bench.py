@@ -58,7 +58,7 @@ def samples_per_second(crops: int, repeats: int) -> float:
 def exact_pair(*, scale, ratio, trigger: float) -> tuple[float, float]:
     """P_ref and P_trig of the 2 x 1 canvas with a centred trigger, by adaptive integration.
 
-    The closed forms of papers/noisy_alignment.md 1.4, integrated over (u, ln r) with SciPy between
+    The closed forms of Noisy Alignment's layout, integrated over (u, ln r) with SciPy between
     the integrand's kinks: it shares no code with the quadrature.
     """
     from scipy.integrate import quad

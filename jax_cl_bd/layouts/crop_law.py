@@ -2,7 +2,7 @@
 
 The law is torchvision's: up to ten tries of area u ~ U(scale) and log-uniform aspect ratio
 r = w / h, the first that fits is placed uniformly, and if none fits the central crop is taken
-(papers/noisy_alignment.md 1.4). The training augmentation draws from `sample`, the layout solver
+(docs/papers.md, Noisy Alignment). The training augmentation draws from `sample`, the layout solver
 integrates over `sizes_quadrature`: what is solved is what is trained.
 
 Lengths are in any unit, boxes are (y, x, h, w). `pixels=None` is the continuous law; `pixels=p`

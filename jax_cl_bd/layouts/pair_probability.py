@@ -5,7 +5,7 @@ no third. For a crop of a given size, placed uniformly, that is a product of int
 of integer counts), minus the same product for the crops that do touch the third box; `crop_law`
 gives the weights of the sizes.
 
-- noisy_alignment (papers/noisy_alignment.md 1.3): one crop holds the trigger and lies inside the
+- noisy_alignment (docs/papers.md, Noisy Alignment): one crop holds the trigger and lies inside the
   shadow part, the other lies inside the reference part. The shadow part lies on top: a reference
   crop that shows a pixel of it does not count, so V1 and V2 never share pixels, and parts that
   overlap only shrink the reference.

@@ -38,7 +38,7 @@ def modules_of(cfg: ml_collections.ConfigDict) -> dict:
 
 
 def make_init(cfg: ml_collections.ConfigDict, tx):
-    """Gives init(key) -> TrainState: a pure function of the key, the same for victim and control."""
+    """Gives init(key) -> TrainState: a pure function, the same for victim and control."""
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
     modules = modules_of(cfg)
     side = cfg.data.image_size

@@ -55,7 +55,8 @@ def test_empty_set_is_named():
 
 
 def test_of_encoder_leaves_the_target_class_out_of_the_triggered():
-    features = {"test": np.eye(3), "random/triggered": np.array([[0.0, 0, 1], [0, 0, 1], [9, 9, 9]])}
+    triggered = np.array([[0.0, 0, 1], [0, 0, 1], [9, 9, 9]])
+    features = {"test": np.eye(3), "random/triggered": triggered}
 
     class Data:
         test_labels, target, placements = np.array([0, 1, 2]), 2, ("random",)

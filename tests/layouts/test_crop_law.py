@@ -86,7 +86,7 @@ def test_fallback_is_the_central_crop(size, expected):
 
 
 def midpoints_in_area_and_ratio(height, width, scale, ratio, points=2001):
-    """Sizes and weights on the (u, ln r) grid of papers/noisy_alignment.md 1.4."""
+    """Sizes and weights on the (u, ln r) grid of docs/papers.md, Noisy Alignment"""
     middle = (np.arange(points) + 0.5) / points
     area = height * width * (scale[0] + (scale[1] - scale[0]) * middle)[:, None]
     aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * middle)[None]

@@ -23,7 +23,7 @@ def squashed(trigger):
                   (0.5 - trigger / 2, 0.75 - trigger / 4, trigger, trigger / 2))
 
 
-# papers/noisy_alignment.md 1.4, first table: cells as printed (P_ref, P_trig, P_pair, fallback)
+# docs/papers.md, Noisy Alignment, first table: cells as printed (P_ref, P_trig, P_pair, fallback)
 CONTINUOUS = [
     (side_by_side(trigger=0.10), (0.2, 1), ("0.1226", "0.1226", "0.0300", "0.008")),
     (side_by_side(trigger=50 / 224), (0.2, 1), ("0.1226", "0.1210", "0.0297", "0.008")),

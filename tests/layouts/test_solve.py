@@ -10,7 +10,7 @@ RATIO = (3 / 4, 4 / 3)
 
 
 def check_paper_optimum(best):
-    """papers/noisy_alignment.md 1.3: 2L x L, parts at the ends, trigger centred."""
+    """docs/papers.md, Noisy Alignment: 2L x L, parts at the ends, trigger centred."""
     assert best.layout is not None
     np.testing.assert_allclose(best.layout.canvas, (1, 2), atol=0.005)
     np.testing.assert_allclose(best.layout.reference_box, (0, 0, 1, 1), atol=0.005)

@@ -10,7 +10,8 @@ from jax_cl_bd.models.build import build
 
 def config(**changes):
     return ConfigDict({"name": "small_resnet", "stem": "cifar", "width": 64, "stages": (4, 8, 16),
-                       "stem_stride": 1, "first_stride": 1, "dtype": "float32", "bn_groups": 1} | changes)
+                       "stem_stride": 1, "first_stride": 1, "dtype": "float32",
+                       "bn_groups": 1} | changes)
 
 
 def shapes(cfg, side):
