@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -41,6 +41,7 @@ def parse_flags(argv: list[str]) -> None:
 def main(argv: list[str]) -> None:
     """Checks everything, then runs the stages that are not complete, in their order."""
     parse_flags(argv)
+    logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
     from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
 
     folder = epath.Path(WORKDIR.value)

@@ -14,7 +14,7 @@ from absl import flags
 from jax import monitoring
 from ml_collections import config_flags
 
-from jax_cl_bd import optim, parallel, pretrain
+from jax_cl_bd import optim, parallel, poison, pretrain
 from jax_cl_bd.data import augment, feed, sources
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
@@ -37,9 +37,13 @@ def _compiles() -> list[float]:
 
 
 def _setup(cfg):
-    """The clean set of a config, in its feed, with a state and the mesh."""
+    """The poisoned set of a config, in its feed, with a state and the mesh."""
     mesh = parallel.make_mesh(cfg.mesh)
-    dataset = PoisonedSet(sources.load(cfg.data, "train"))
+    source = sources.load(cfg.data, "train")
+    table = sources.table(source)
+    poison.check(cfg, table, source.classes)
+    pretrain.check(cfg)
+    dataset = PoisonedSet(source, *poison.make(cfg, source, table, poison.make_trigger(cfg)))
     steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     made = feed.make(cfg, dataset)

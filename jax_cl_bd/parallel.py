@@ -10,18 +10,19 @@ FSDP_MIN_SIZE = 2**18  # elements; 1 MB of float32
 
 
 def make_mesh(cfg_mesh) -> Mesh:
-    """Builds the ("data", "fsdp") mesh; data = -1 takes the devices that fsdp leaves.
+    """Builds the ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes them all.
 
     Raises:
-        UserError: the two sizes do not multiply to the number of devices.
+        UserError: there are not so many devices, or fsdp does not divide them all.
     """
     count = jax.device_count()
-    fsdp = cfg_mesh.fsdp
-    data = cfg_mesh.data if cfg_mesh.data > 0 else count // fsdp
-    if data * fsdp != count:
-        raise UserError(f"mesh.data={cfg_mesh.data} x mesh.fsdp={fsdp} does not make the "
-                        f"{count} devices of this run")
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    data, fsdp = cfg_mesh.data, cfg_mesh.fsdp
+    if fsdp < 1 or (data == -1 and count % fsdp) or data == 0 or data < -1 or data * fsdp > count:
+        raise UserError(f"mesh.data={data} and mesh.fsdp={fsdp} do not fit the {count} devices of "
+                        "this run; data=-1 takes all, and fsdp must then divide them")
+    data = count // fsdp if data == -1 else data
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                         devices=jax.devices()[:data * fsdp])
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str = "train.batch_size") -> None:

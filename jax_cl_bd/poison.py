@@ -37,10 +37,8 @@ def run(cfg, folder: epath.Path) -> None:
     source = sources.load(cfg.data, "train")
     table = sources.table(source)
     check(cfg, table, source.classes)
-    attack = lookup.load("attacks", cfg.attack.name, offers="plan")
     trigger = make_trigger(cfg)
-    plan = attack.plan(cfg, table, np.random.default_rng([cfg.seed, STREAM]))
-    rows = attack.render(cfg, plan, source, trigger)
+    plan, rows = make(cfg, source, table, trigger)
 
     stage = folder / "poison"
     (stage / "trigger").mkdir(parents=True, exist_ok=True)
@@ -57,6 +55,13 @@ def run(cfg, folder: epath.Path) -> None:
           f"replaced, {facts['removed']} references removed), "
           f"{facts['rate_of_dataset']:.2%} of {facts['rows']} rows; see {stage / 'preview.png'}",
           flush=True)
+
+
+def make(cfg, source, table, trigger) -> tuple[Plan, dict[str, np.ndarray]]:
+    """Draws the plan and renders it; `load` reads the same back from a run folder."""
+    attack = lookup.load("attacks", cfg.attack.name, offers="plan")
+    plan = attack.plan(cfg, table, np.random.default_rng([cfg.seed, STREAM]))
+    return plan, attack.render(cfg, plan, source, trigger)
 
 
 def check(cfg, table, classes: tuple[str, ...]) -> None:

@@ -78,7 +78,7 @@ def quickstart(**changes):
     ({"attack.trigger.size": 40}, "size"),
     ({"augment.view1.crop_scale": (0.0, 1.0)}, "crop_scale"),
     ({"train.steps_per_dispatch": 3}, "steps_per_dispatch"),
-    ({"mesh.fsdp": 3}, "devices"),
+    ({"mesh.fsdp": 3}, "8 devices"), ({"mesh.data": 16}, "8 devices"),
     ({"seed": -1}, "seed"),
     ({"data.feed": "residnt"}, "did you mean 'resident'"),
 ])
@@ -115,6 +115,36 @@ def test_finished_run_refuses_other_settings_and_shows_them(tmp_path):
 def test_a_stage_without_its_predecessor_says_which(tmp_path):
     with pytest.raises(UserError, match="needs the poison stage"):
         stages.run(quickstart(), epath.Path(tmp_path), ["pretrain"])
+
+
+def test_a_full_disk_says_so_and_the_same_command_goes_on(tmp_path):
+    short = [*BASE, "--stages=poison,pretrain", "--config.control=False",
+             f"--workdir={tmp_path}/run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".metrics.jsonl.partial").symlink_to("/dev/full")
+    process = command(*short)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the disk is full" in err and "the same command goes on" in err
+    assert "Traceback" not in err
+    (tmp_path / "run" / ".metrics.jsonl.partial").unlink(missing_ok=True)
+    process = command(*short)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "pretrain" / "done.json").exists()
+
+
+def test_ctrl_c_saves_and_ends_with_130(tmp_path):
+    process = command(*LONG, f"--workdir={tmp_path}")
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on" in out, (out, err)
+    assert "Traceback" not in err
 
 
 LONG = [*BASE, "--stages=poison,pretrain,evaluate", "--config.control=False",

@@ -9,7 +9,7 @@ a fine quadrature. The quadrature of a batch of layouts is jitted; choosing the 
 NumPy, so that a solve compiles three small functions.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -280,27 +280,3 @@ def remainder(layout: Layout) -> np.ndarray:
              [y + h, 0, height - y - h, width], [0, 0, y, width])
     holding = [s for s in sides if s[0] <= ty <= s[0] + s[2] and s[1] <= tx <= s[1] + s[3]]
     return np.asarray(max(holding, key=lambda s: s[2] * s[3]), np.float64)
-
-
-@lru_cache
-def parts(shadow: str, scale: tuple, ratio: tuple, trigger: float) -> Layout:
-    """Noisy Alignment's layout for a square reference of side 1 that lies left.
-
-    Args:
-        shadow: "equal" or "free"; trigger: its side in units of the reference's.
-
-    Returns:
-        `Layout` of NumPy arrays; mirror or transpose it for the other three sides. Under a crop
-        law that gives no layout a positive probability (scale[0] >= 0.5) it is the layout for
-        scale (0.2, 1), ratio (3/4, 4/3): an attacker who expected the usual augmentation.
-    """
-    best = solve(scale=scale, ratio=ratio, trigger=trigger, shadow=shadow).layout
-    if best is None:
-        best = solve(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), trigger=trigger, shadow=shadow).layout
-    if best.canvas[0] > best.canvas[1]:
-        best = Layout(*(part.reshape(-1, 2)[:, ::-1].ravel() for part in best))
-    _, x, _, w = best.reference_box
-    if x + w / 2 > best.shadow_box[1] + best.shadow_box[3] / 2:
-        mirrored = [box * [1, -1, 1, 1] + [0, best.canvas[1] - box[3], 0, 0] for box in best[1:]]
-        best = Layout(best.canvas, *mirrored)
-    return best

@@ -58,6 +58,7 @@ def test_loss_is_zero_for_a_student_that_agrees():
 
 def settings(**changes):
     cfg = quickstart.get_config("debug")
+    cfg.mesh.data = 1
     cfg.update_from_flattened_dict({"defense.steps": 3, **changes})
     return cfg
 

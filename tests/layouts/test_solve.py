@@ -4,7 +4,7 @@ import pytest
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.layouts import bench
 from jax_cl_bd.layouts.pair_probability import Layout, probabilities
-from jax_cl_bd.layouts.solve import Solution, parts, solve
+from jax_cl_bd.layouts.solve import Solution, solve
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -141,18 +141,6 @@ def test_no_trigger_place_beats_the_centre(offset):
     centre, other = (probabilities(layout, scale=(0.2, 1), ratio=RATIO).pair
                      for layout in (best, moved))
     assert other <= centre * (1 + 1e-4)
-
-
-def test_parts_for_the_attack():
-    layout = parts("equal", (0.2, 1.0), RATIO, 0.25)
-    np.testing.assert_allclose(layout.canvas, (1, 2), atol=0.005)
-    np.testing.assert_allclose(layout.reference_box, (0, 0, 1, 1), atol=0.005)
-    same = parts("equal", (0.8, 1.0), RATIO, 0.25)  # hopeless law: planned for (0.2, 1)
-    np.testing.assert_array_equal(same.shadow_box, layout.shadow_box)
-    tall = parts("equal", (0.2, 1.0), (1.0, 2.0), 0.25)
-    assert tall.canvas[1] > tall.canvas[0] and tall.reference_box[1] == 0
-    free = parts("free", (0.2, 1.0), RATIO, 0.25)
-    np.testing.assert_allclose(free.shadow_box, (0, 1, 1, 1.32), atol=0.02)
 
 
 @pytest.mark.parametrize("change", [

@@ -24,7 +24,8 @@ def prepare(name, bn_groups):
         "objective": {"name": name, **FIELDS[name]}, "train": {"batch_size": B, "steps": 10},
         "model": {"bn_groups": bn_groups}})
     module = importlib.import_module(f"jax_cl_bd.objectives.{name}")
-    encoder = ResNet(depths=(0,), widths=(4,), stem_stride=2, bn_groups=bn_groups)  # a stem
+    encoder = ResNet(depths=(0,), widths=(4,), stem_width=4, stem_stride=2,
+                     bn_groups=bn_groups)  # a stem
     parts = {"encoder": encoder, **module.heads(cfg.objective, bn_groups=bn_groups)}
 
     @jax.jit
