@@ -27,7 +27,7 @@ def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial"
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
 
 

@@ -120,14 +120,15 @@ def test_a_stage_without_its_predecessor_says_which(tmp_path):
 def test_a_full_disk_says_so_and_the_same_command_goes_on(tmp_path):
     short = [*BASE, "--stages=poison,pretrain", "--config.control=False",
              f"--workdir={tmp_path}/run"]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".metrics.jsonl.partial").symlink_to("/dev/full")
+    blocked = tmp_path / "run" / "poison" / ".summary.json.partial"
+    blocked.parent.mkdir(parents=True)
+    blocked.symlink_to("/dev/full")  # every write to it finds the disk full
     process = command(*short)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the disk is full" in err and "the same command goes on" in err
     assert "Traceback" not in err
-    (tmp_path / "run" / ".metrics.jsonl.partial").unlink(missing_ok=True)
+    blocked.unlink(missing_ok=True)
     process = command(*short)
     process.communicate(timeout=120)
     assert process.returncode == 0
