@@ -60,7 +60,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, FloatingPointError) as error:
         from jax_cl_bd.stages import explain
 
         print(f"error: {explain(error)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from jax_cl_bd.attacks.plan import LAYOUTS, Plan
 TILES = 16
 COLUMNS = 4
 INCH = 2.2  # longest side of a poison
-COLORS = {"reference": "#2ca02c", "shadow": "#1f77b4", "trigger": "#d62728"}
+COLORS = {"reference": "#009E73", "shadow": "#0072B2", "trigger": "#D55E00"}
 
 
 def draw(cfg, plan: Plan, rows: dict[str, np.ndarray], source) -> bytes:

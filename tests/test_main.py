@@ -195,3 +195,21 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
     for result in results:
         del result["run"]
     assert results[0] == results[1]
+
+
+def test_another_data_set_needs_a_class_of_the_targets_name(tmp_path):
+    from PIL import Image
+
+    from jax_cl_bd import evaluate
+
+    cfg = quickstart(**{"attack.target": 1})
+    stages.run(cfg, epath.Path(tmp_path / "run"), ["poison"])
+    for split in ("train", "test"):
+        for name in ("0", "zebra"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / "data" / split / name / "a.png")
+    cfg.downstream = f"folder:{tmp_path / 'data'}"
+    with pytest.raises(UserError, match="no class '1'.*0, zebra"):
+        evaluate.test_data(cfg, epath.Path(tmp_path / "run"))
+    cfg.attack.target = 0
+    assert evaluate.test_data(cfg, epath.Path(tmp_path / "run")).classes == ("0", "zebra")
