@@ -25,8 +25,11 @@ def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
     """Saves a state, then, last and atomically, the SHA-256 of every file of the step."""
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-    manager.wait_until_finished()
+    try:
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        manager.wait_until_finished()
+    except ValueError as error:  # tensorstore's word for what the file system refused
+        raise OSError(f"step {step} could not be saved in {manager.directory}: {error}") from None
     if jax.process_index() == 0:
         folder = manager.directory / str(step)
         run_folder.write_json(folder / DIGESTS, _digests(folder))

@@ -1,6 +1,7 @@
 """Which stages a run has, what each needs, and when it is complete."""
 
 import errno
+import textwrap
 
 import ml_collections
 from etils import epath
@@ -126,7 +127,7 @@ def _require(cfg, victim: epath.Path, stage: str) -> None:
 def explain(error: Exception) -> str:
     """One line for what broke while running, with the way on."""
     way = "the same command goes on from the last checkpoint"
-    text = " ".join(str(error).split())
+    text = textwrap.shorten(str(error), 400)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return f"the disk is full ({text}); free some space, then {way}"
     return text if "same command" in text else f"{text}; {way}"
