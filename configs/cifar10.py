@@ -40,6 +40,7 @@ def get_config(arg=""):
         model=dict(name="resnet18", stem="cifar", width=64, stem_stride=1, first_stride=1,
                    stages=(), dtype="bfloat16", bn_groups=8 if a["objective"] == "moco" else 1),
         objective=dict(objective), optim=dict(optim),
+        evals=common.evals(wrong_trigger=10 if a["trigger"] != 10 else 11),
         train=dict(steps=0, epochs=300, batch_size=256, log_every=100, save_every=1000,
                    eval_every=5000, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(

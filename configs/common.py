@@ -45,7 +45,10 @@ def parse(arg, **defaults):
                              f"{', '.join(sorted(defaults))}")
         kind = type(defaults[key])
         if kind is bool:
-            settings[key] = not given or text.lower() in ("true", "1", "yes")
+            if given and text.lower() not in ("true", "false", "1", "0"):
+                raise ValueError(f"argument {key}={text!r} after the colon of --config must be "
+                                 "true or false")
+            settings[key] = not given or text.lower() in ("true", "1")
         else:
             try:
                 settings[key] = kind(text)

@@ -25,5 +25,5 @@ def get_config(arg=""):
     if scale:
         cfg.augment.view1.crop_scale = cfg.augment.view2.crop_scale = scale
     cfg.train.eval_every = 0
-    cfg.control = False  # grey patch and wrong trigger bound the excess; the control's ASR is lower
+    cfg.control = False  # the excess here is over the grey patch and the wrong trigger alone
     return common.debug(cfg) if a["debug"] else cfg

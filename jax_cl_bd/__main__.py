@@ -36,6 +36,8 @@ def parse_flags(argv: list[str]) -> None:
     for stage in ONLY.value:
         if stage not in STAGES:
             raise unknown("stage", stage, STAGES)
+    if FORCE.value and FORCE.value not in ONLY.value:
+        raise UserError(f"--force={FORCE.value} needs {FORCE.value} among --stages")
 
 
 def main(argv: list[str]) -> None:
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     stages.check(cfg, chosen)
     with run_folder.locked(folder):
         if FORCE.value:
-            stages.drop(folder, FORCE.value)
+            stages.drop(cfg, folder, FORCE.value)
         stages.run(cfg, folder, chosen)
 
 
@@ -60,7 +62,7 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, RuntimeError, FloatingPointError) as error:
+    except (OSError, RuntimeError, FloatingPointError, ImportError) as error:
         from jax_cl_bd.stages import explain
 
         print(f"error: {explain(error)}", file=sys.stderr)

@@ -42,7 +42,7 @@ def _setup(cfg):
     source = sources.load(cfg.data, "train")
     table = sources.table(source)
     poison.check(cfg, table, source.classes)
-    pretrain.check(cfg)
+    pretrain.check(cfg, len(source))
     dataset = PoisonedSet(source, *poison.make(cfg, source, table, poison.make_trigger(cfg)))
     steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
     tx, _ = optim.make(cfg.optim, steps, per_epoch)

@@ -19,8 +19,11 @@ def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
     """Opens (and makes) a folder of checkpoints; use it as a context manager."""
     options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, create=True,
                                            enable_async_checkpointing=False)
-    return ocp.CheckpointManager(epath.Path(os.path.abspath(folder))
-                                 if "://" not in str(folder) else folder, options=options)
+    return ocp.CheckpointManager(_absolute(folder), options=options)
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    return folder if "://" in str(folder) else epath.Path(os.path.abspath(folder))
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
@@ -60,8 +63,12 @@ def _fault(folder: epath.Path) -> str | None:
     return None
 
 
-def newest_good_step(folder: epath.Path) -> int | None:
-    """Finds the newest step whose files are what was saved; bad ones are renamed and named."""
+def newest_good_step(folder: epath.Path, *, rename: bool = False) -> int | None:
+    """Finds the newest step whose files are what was saved; damaged ones are named.
+
+    Only the run that owns the folder may `rename` a damaged one, to bad-<step>: to a reader, a step
+    that is just being written looks damaged too.
+    """
     if not folder.exists():
         return None
     steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
@@ -69,12 +76,13 @@ def newest_good_step(folder: epath.Path) -> int | None:
         fault = _fault(folder / str(step))
         if fault is None:
             return step
-        bad = folder / f"bad-{step}"
-        if bad.exists():
-            bad.rmtree()
-        (folder / str(step)).rename(bad)
-        print(f"checkpoint {folder / str(step)} is damaged ({fault}); renamed to {bad.name}, "
-              "falling back to the one before", file=sys.stderr)
+        print(f"checkpoint {folder / str(step)} is damaged ({fault}); falling back to the one "
+              f"before{f', this one is renamed to bad-{step}' if rename else ''}", file=sys.stderr)
+        if rename:
+            bad = folder / f"bad-{step}"
+            if bad.exists():
+                bad.rmtree()
+            (folder / str(step)).rename(bad)
     return None
 
 
@@ -88,7 +96,7 @@ def restore_part(folder: epath.Path, step: int, item):
     """Restores only the leaves that `item` (a nested dict of abstract arrays) names."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
-            epath.Path(os.path.abspath(folder / str(step) / "state")),
+            _absolute(folder / str(step) / "state"),
             args=ocp.args.PyTreeRestore(
                 item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
                 partial_restore=True))

@@ -11,6 +11,7 @@ from etils import epath
 
 from jax_cl_bd import evaluate, lookup, parallel, poison, run_folder
 from jax_cl_bd.data import sources
+from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 
 STREAM = 3  # of cfg.seed
@@ -37,16 +38,25 @@ def clean_rows(plan, rows: int, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, STREAM]).permutation(free)[:count])
 
 
-def check(cfg: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with the settings of this stage before anything is compiled."""
-    if cfg.defense.name != "none":
-        lookup.load("defenses", cfg.defense.name, offers="run").check(cfg)
+def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
+    """Finds what is wrong with the settings of this stage before anything is compiled.
+
+    `rows`: those of the source. The attack may leave fewer clean ones than are asked for.
+    """
+    if cfg.defense.name == "none":
+        return
+    defense = lookup.load("defenses", cfg.defense.name, offers="run")
+    if not 0 < cfg.defense.clean_fraction <= 1:
+        raise UserError(f"defense.clean_fraction={cfg.defense.clean_fraction} must lie in (0, 1]")
+    defense.check(cfg, round(cfg.defense.clean_fraction * rows))
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
-    """Defends the victim of one run folder; results go to defenses/<name> of `folder`."""
-    if cfg.defense.name == "none":
-        return
+    """Defends the victim of one run folder; results go to defenses/<name> of `folder`.
+
+    The control is defended alike, as what the defense does without a backdoor; not so by a defense
+    that never looks at the victim (USES_VICTIM = False), whose rival is then the control itself.
+    """
     began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     mesh = parallel.make_mesh(cfg.mesh)
@@ -54,15 +64,16 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     source = sources.load(cfg.data, "train")
     data = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
                                              cfg.seed))
-    tests = evaluate.test_data(cfg, victim)
-    truth = Truth(plan, cfg.attack.target, poison.load_trigger(cfg, victim))
+    trigger = poison.load_trigger(cfg, victim)
+    tests = evaluate.test_data(cfg, trigger)
+    truth = Truth(plan, cfg.attack.target, trigger)
     key = jax.random.key(cfg.seed * 16 + STREAM)
     out = folder / "defenses" / cfg.defense.name
     results = {}
-    for label, place, where in (("victim", victim, out),
-                                ("control", victim / "control", out / "control")):
-        if not run_folder.is_done(place / "pretrain"):
-            continue
+    suspects = [("victim", victim, out)]
+    if getattr(defense, "USES_VICTIM", True) and run_folder.is_done(victim / "control/pretrain"):
+        suspects.append(("control", victim / "control", out / "control"))
+    for label, place, where in suspects:
         outcome = defense.run(cfg, [encoders.load(place, mesh)], data, truth, mesh, where, key)
         row = {"verdict": outcome.verdict}
         if outcome.variables is not None:
@@ -70,15 +81,17 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
         run_folder.write_json(where / "report.json", outcome.report)
         results[label] = row
+    path = folder / "results.json"
+    whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
+    measured = victim / "results.json"
+    undefended = run_folder.read_json(measured) if measured.exists() else {}
     for label, row in results.items():
         probes = {k: v for k, v in row.items() if k != "verdict"}
-        control = results.get("control") if label == "victim" else None
-        evaluate.add_excess(probes, control)
+        rival = results.get("control", undefended.get("control")) if label == "victim" else None
+        evaluate.add_excess(probes, rival)
     found = results["victim"] | {"seconds": round(time.monotonic() - began, 1)}
     if "control" in results:
         found["control"] = results["control"]
     run_folder.write_json(out / "results.json", found)
-    path = folder / "results.json"
-    whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
     whole["defenses"][cfg.defense.name] = found
     run_folder.write_json(path, whole)

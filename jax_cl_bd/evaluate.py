@@ -17,19 +17,22 @@ from jax_cl_bd.evals import alignment, attack_metrics, test_sets
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training
 
+MAP_POINTS = 2000
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
 
-def test_data(cfg: ml_collections.ConfigDict, folder: epath.Path):
+def test_data(cfg: ml_collections.ConfigDict, trigger):
     """Builds the labelled rows and the clean and triggered test sets; the same for every encoder.
 
-    The trigger is the one that the poisons in `folder` carry. With cfg.downstream the images are
-    another data set's, and the target is its class of the same name.
+    With cfg.downstream the images are another data set's, and the target is its class of the same
+    name. No pixel is read yet.
 
     Raises:
-        UserError: the downstream data set has no such class.
+        UserError: a setting of `evals` that does not fit the data, or a downstream data set without
+            the target class.
     """
-    trigger = poison.load_trigger(cfg, folder)
+    if not cfg.evals.placements:
+        raise UserError("evals.placements is empty; name at least 'random', the test protocol")
     train, test = (sources.load(cfg.data, split) for split in ("train", "test"))
     if not cfg.downstream:
         return test_sets.make(cfg, train, test, trigger)
@@ -72,6 +75,10 @@ def add_excess(rows: dict, control: dict | None) -> None:
 
 def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled."""
+    test_data(cfg, poison.make_trigger(cfg))
+    if cfg.evals.knn_k < 1 or cfg.evals.knn_temperature <= 0:
+        raise UserError(f"evals.knn_k={cfg.evals.knn_k} and evals.knn_temperature="
+                        f"{cfg.evals.knn_temperature} must be positive")
     if not cfg.evals.probes:
         raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
     for name in cfg.evals.probes:
@@ -82,7 +89,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     """Measures the run in `victim`; writes results.json and evaluate/ of `folder`."""
     began = time.monotonic()
     mesh = parallel.make_mesh(cfg.mesh)
-    data = test_data(cfg, victim)
+    data = test_data(cfg, poison.load_trigger(cfg, victim))
     found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, mesh)}
     if run_folder.is_done(victim / "control" / "pretrain"):
         found["control"] = encoders.load(victim / "control", mesh)
@@ -126,8 +133,10 @@ def _save_map(folder: epath.Path, label: str, encoder, data) -> None:
     path = folder / "evaluate" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{name}").open("wb") as file:
+        count = len(data.test_labels)
+        rows = np.linspace(0, count - 1, min(count, MAP_POINTS)).astype(int)
         triggered = data.features(encoder, f"{data.placements[0]}/triggered")
-        np.savez_compressed(file, clean=data.features(encoder, "test")[:2000],
-                            triggered=triggered[:2000],
-                            labels=data.test_labels[:2000], target=data.target)
+        np.savez_compressed(file, clean=data.features(encoder, "test")[rows],
+                            triggered=triggered[rows], labels=data.test_labels[rows],
+                            target=data.target)
     (path.parent / f".{name}").replace(path)

@@ -24,14 +24,21 @@ def total_steps(cfg: ml_collections.ConfigDict, rows: int) -> tuple[int, int]:
     if per_epoch == 0:
         raise UserError(f"train.batch_size={cfg.train.batch_size} is more than the {rows} rows "
                         "of the poisoned set")
+    if cfg.train.steps < 1 and cfg.train.epochs < 1:
+        raise UserError(f"train.steps={cfg.train.steps} and train.epochs={cfg.train.epochs} make "
+                        "no step; set one of them")
     return cfg.train.steps or cfg.train.epochs * per_epoch, per_epoch
 
 
-def check(cfg: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with the settings of this stage before anything is compiled."""
+def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
+    """Finds what is wrong with the settings of this stage before anything is compiled.
+
+    `rows`: those of the source.
+    """
     lookup.load("objectives", cfg.objective.name, offers="loss")
     build.build(cfg.model)
-    optim.make(cfg.optim, 1, 1)
+    steps, per_epoch = total_steps(cfg, rows)
+    optim.make(cfg.optim, steps, per_epoch)
     feed.check(cfg.data)
     mesh = parallel.make_mesh(cfg.mesh)
     parallel.check_batch(cfg.train.batch_size, mesh)

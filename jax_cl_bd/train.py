@@ -77,7 +77,7 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
     """
     dispatch = cfg_train.steps_per_dispatch
     checkpoints = folder / "checkpoints"
-    start = checkpoint.newest_good_step(checkpoints)
+    start = checkpoint.newest_good_step(checkpoints, rename=True)
     with checkpoint.open_manager(checkpoints) as manager, jax.set_mesh(mesh), _signals() as stop:
         if start is not None:
             abstract = jax.tree.map(
@@ -113,13 +113,14 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 if due["log"]:
                     rate = (step - since[0]) / (time.monotonic() - since[1])
                     writer.write(step, last | {"images_per_second": rate * cfg_train.batch_size})
-                    since = (step, time.monotonic())
                 if evaluate is not None and due["eval"] and cfg_train.eval_every:
                     writer.write(step, evaluate(state))
                 if due["save"] or interrupted:
                     checkpoint.save(manager, step, state)
                     saved = step
-                if interrupted and step < steps:
+                if due["log"]:  # rates leave out what was measured and saved
+                    since = (step, time.monotonic())
+                if stop and (interrupted or step == steps):
                     print(f"{label}: stopped by {stop[0].name} at step {step}, which is saved; "
                           "the same command goes on from there", flush=True)
                     raise Interrupted(128 + stop[0].value)

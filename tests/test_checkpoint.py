@@ -52,6 +52,8 @@ def test_any_flipped_bit_is_noticed(tmp_path, capsys):
         content[len(content) // 2] ^= 1 << number % 8
         (copy / str(name)).write_bytes(bytes(content))
         assert checkpoint.newest_good_step(copy) == 1, name
+        assert (copy / "2").exists()  # a reader moves nothing
+        assert checkpoint.newest_good_step(copy, rename=True) == 1, name
         assert (copy / "bad-2").exists()
     assert "damaged" in capsys.readouterr().err
     np.testing.assert_array_equal(restored(copy, 1, state)["w"], state["w"])

@@ -54,8 +54,8 @@ def test_settings_are_those_on_record(name, arg):
 
 def debug_run(cfg, folder):
     cfg.mesh.data = 1  # compiles much faster than for the 8 devices
-    stages.check(cfg, list(stages.LEAVES))
-    stages.run(cfg, epath.Path(folder), list(stages.LEAVES))
+    stages.check(cfg, list(stages.GROUPS))
+    stages.run(cfg, epath.Path(folder), list(stages.GROUPS))
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "report" / "index.html").exists()
     for label in ("victim", "untrained", *(["control"] if cfg.control else [])):

@@ -81,10 +81,22 @@ def quickstart(**changes):
     ({"mesh.fsdp": 3}, "8 devices"), ({"mesh.data": 16}, "8 devices"),
     ({"seed": -1}, "seed"),
     ({"data.feed": "residnt"}, "did you mean 'resident'"),
+    ({"evals.label_list": "nope.txt"}, "nope.txt"),
+    ({"evals.wrong_trigger": 14}, "wrong_trigger"),
+    ({"evals.fraction": 0.0}, "fraction"),
+    ({"evals.placements": ("corner",)}, "corner"),
+    ({"evals.placements": ()}, "placements"),
+    ({"evals.knn_k": 0}, "knn_k"),
+    ({"downstream": "nope"}, "nope"),
+    ({"defense.optim.name": "sdg"}, "did you mean 'sgd'"),
+    ({"defense.clean_fraction": 0.01}, "clean images"),
+    ({"defense.steps": 0, "defense.epochs": 0}, "defense.steps"),
+    ({"train.batch_size": 4096}, "4096"),
+    ({"train.steps": 0, "train.epochs": 0}, "train.steps"),
 ])
 def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
     with pytest.raises(UserError) as refusal:
-        stages.check(quickstart(**changes), list(stages.LEAVES))
+        stages.check(quickstart(**changes), list(stages.GROUPS))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -99,7 +111,7 @@ def test_more_poisons_than_candidates_is_refused():
 
 
 def test_a_full_class_of_errors_does_not_hide_good_settings():
-    stages.check(quickstart(), list(stages.LEAVES))
+    stages.check(quickstart(), list(stages.GROUPS))
 
 
 def test_finished_run_refuses_other_settings_and_shows_them(tmp_path):
@@ -107,9 +119,60 @@ def test_finished_run_refuses_other_settings_and_shows_them(tmp_path):
     stages.run(quickstart(), folder, ["poison"])
     with pytest.raises(UserError, match=r"attack.poisons: 8 there, 7 now"):
         stages.run(quickstart(**{"attack.poisons": 7}), folder, ["poison"])
-    stages.drop(folder, "poison")
+    stages.drop(quickstart(), folder, "poison")
     stages.run(quickstart(**{"attack.poisons": 7}), folder, ["poison"])
     assert run_folder.read_json(folder / "poison" / "summary.json")["poisons"] == 7
+
+
+def test_a_stage_refuses_what_its_predecessors_were_made_with(tmp_path):
+    folder = epath.Path(tmp_path)
+    stages.run(quickstart(), folder, ["poison"])
+    for stage in ("pretrain", "report"):
+        with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+            stages.run(quickstart(seed=1), folder, [stage])
+    assert run_folder.read_config(folder).seed == 0
+
+
+def test_what_depends_on_a_stage_is_unmarked_and_the_rest_is_not(tmp_path):
+    folder = epath.Path(tmp_path)
+    for place in ("poison", "pretrain", "evaluate", "defenses/a", "defenses/b", "report"):
+        run_folder.finish(folder / place, {})
+
+    def marked():
+        return sorted(str(p.parent.relative_to(folder)) for p in folder.glob("*/done.json")) + [
+            p.parent.name for p in sorted(folder.glob("defenses/*/done.json"))]
+
+    stages.undo(folder, "evaluate")
+    assert marked() == ["evaluate", "poison", "pretrain", "a", "b"]
+    stages.undo(folder, "pretrain")
+    assert marked() == ["poison", "pretrain"]
+
+
+def test_force_drops_what_it_says_and_no_more(tmp_path):
+    folder = epath.Path(tmp_path)
+    cfg = quickstart()
+    for place in ("poison", "pretrain", "evaluate", "defenses/distill", "defenses/b", "report"):
+        run_folder.finish(folder / place, {})
+    (folder / "results.json").write_text("{}")
+    stages.drop(cfg, folder, "defend")
+    assert not (folder / "defenses" / "distill").exists()
+    assert (folder / "defenses" / "b" / "done.json").exists()
+    stages.drop(cfg, folder, "evaluate")
+    assert not (folder / "evaluate").exists() and (folder / "results.json").exists()
+    stages.drop(cfg, folder, "pretrain")
+    assert [p.name for p in folder.iterdir()] == ["poison"]
+
+
+def test_force_needs_its_stage(tmp_path):
+    assert "--stages" in refused(*BASE, f"--workdir={tmp_path}", "--force=pretrain",
+                                 "--stages=evaluate")
+
+
+def test_a_victim_brings_what_made_it_and_leaves_the_rest(tmp_path):
+    run_folder.write_config(epath.Path(tmp_path), quickstart(seed=5, **{"attack.poisons": 6}))
+    given = quickstart(victim=str(tmp_path), **{"data.workers": 2, "evals.knn_k": 3})
+    cfg = stages.with_victim(given)
+    assert (cfg.seed, cfg.attack.poisons, cfg.data.workers, cfg.evals.knn_k) == (5, 6, 2, 3)
 
 
 def test_a_stage_without_its_predecessor_says_which(tmp_path):
@@ -200,7 +263,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
 def test_another_data_set_needs_a_class_of_the_targets_name(tmp_path):
     from PIL import Image
 
-    from jax_cl_bd import evaluate
+    from jax_cl_bd import evaluate, poison
 
     cfg = quickstart(**{"attack.target": 1})
     stages.run(cfg, epath.Path(tmp_path / "run"), ["poison"])
@@ -208,8 +271,9 @@ def test_another_data_set_needs_a_class_of_the_targets_name(tmp_path):
         for name in ("0", "zebra"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.new("RGB", (16, 16)).save(tmp_path / "data" / split / name / "a.png")
+    trigger = poison.load_trigger(cfg, epath.Path(tmp_path / "run"))
     cfg.downstream = f"folder:{tmp_path / 'data'}"
     with pytest.raises(UserError, match="no class '1'.*0, zebra"):
-        evaluate.test_data(cfg, epath.Path(tmp_path / "run"))
+        evaluate.test_data(cfg, trigger)
     cfg.attack.target = 0
-    assert evaluate.test_data(cfg, epath.Path(tmp_path / "run")).classes == ("0", "zebra")
+    assert evaluate.test_data(cfg, trigger).classes == ("0", "zebra")

@@ -51,11 +51,11 @@ def step_fn(state, data, batch, *, bad_step=-1):
 
 
 def run(folder, steps, *, step=step_fn, dispatch=1, save_every=5, evaluate=None, log_every=5,
-        around=contextlib.nullcontext):
+        eval_every=5, around=contextlib.nullcontext):
     mesh = parallel.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
     state, shardings = born_sharded(init, jax.random.key(3), mesh)
     cfg = ConfigDict({"log_every": log_every, "save_every": save_every, "batch_size": 8,
-                      "eval_every": 5 if evaluate else 0, "steps_per_dispatch": dispatch})
+                      "eval_every": eval_every if evaluate else 0, "steps_per_dispatch": dispatch})
     with around():
         return fit(step, state, shardings, Feed(), folder=epath.Path(folder), steps=steps,
                    cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate)
@@ -100,8 +100,9 @@ def test_one_compile_of_the_step(tmp_path):
         return step_fn(state, data, batch)
 
     calls = []
-    run(tmp_path / "counted", 8, step=counted, evaluate=lambda state: calls.append(len(seen)) or {})
-    assert calls[0] == calls[1]  # nothing is compiled between steps 5 and 8
+    run(tmp_path / "counted", 4, step=counted, log_every=1, save_every=100, eval_every=1,
+        evaluate=lambda state: calls.append(len(seen)) or {})
+    assert len(calls) == 4 and calls[0] == calls[-1]  # nothing is compiled after step 1
 
 
 def test_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path):

@@ -17,7 +17,7 @@ class CorruptRow(RuntimeError):
 
     def __str__(self):
         return (f"row {self.row} ({self.where}) cannot be read: {self.why}; repair or remove it, "
-                "or set --config.data.skip_corrupt to leave such rows out")
+                "or set --config.data.skip_corrupt=True in a new --workdir to leave such rows out")
 
 
 def decode(encoded: bytes, *, row: int, where: str) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Clean data by name: random access to images, labels and sizes."""
 
 import dataclasses
+import functools
 import importlib
+import os
 import logging
 
+import ml_collections
 import numpy as np
 
 from jax_cl_bd.data import parallel_map
@@ -62,9 +65,16 @@ def load(cfg, split: str):
     Returns:
         A source: source[i] -> {"image": uint8 [H, W, 3], "label": int, "index": int}, len,
         `.classes` (tuple of str), picklable.
+        Opened once per process: later calls give the same object.
     Raises:
         UserError: unknown name, absent data, empty or misspelt split.
     """
+    return _open(ml_collections.FrozenConfigDict(cfg), split, os.environ.get("TFDS_DATA_DIR"))
+
+
+@functools.lru_cache(maxsize=8)
+def _open(cfg, split, environment):
+    del environment  # tfds.load reads it; here it only tells calls apart
     kind, colon, rest = cfg.name.partition(":")
     allowed = {n.partition(":")[0]: n for n in NAMES}
     if kind not in allowed:

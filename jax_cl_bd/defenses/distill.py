@@ -9,9 +9,10 @@ p = softmax(M_t t / T), q = softmax(M_s s / T), loss = mean KL(p || q), against 
 earlier features of the same images, written after the loss. M_s holds features of a momentum copy
 of the student, whose batch norm stays in train mode. Suspect and student see the same crop.
 
-Where we differ: queues are [slots, B, D] rings; queue = 0 takes the longest that holds no image
-twice (the clean images less one batch), since a longer one is mostly copies of the image itself.
-The momentum is a setting, because 0.999 needs thousands of steps.
+Where we differ: queues are [slots, B, D] rings. Over a small clean set they meet the same image
+again, and at T = 0.04 its own copy would be all that p sees, so entries of the image itself are
+left out of both p and q; queue = 0 takes the clean images less one batch. The momentum is a
+setting, because 0.999 needs thousands of steps.
 """
 
 import jax
@@ -28,25 +29,41 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build
 from jax_cl_bd.objectives import apply
+from jax_cl_bd.objectives.embeddings import EXACT, normalise
 from jax_cl_bd.train import TrainState, born_sharded, fit
 
+LEFT_OUT = -1e9  # a logit; finite, so that 0 * (log p - log q) stays 0
 
-def check(cfg: ml_collections.ConfigDict) -> None:
-    """Finds bad settings before anything is compiled."""
+
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings before anything is compiled; `clean` images are there to train on."""
     d = cfg.defense
-    if not 0 < d.clean_fraction <= 1:
-        raise UserError(f"defense.clean_fraction={d.clean_fraction} must lie in (0, 1]")
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
     if d.queue < 0 or d.queue % d.batch_size:
         raise UserError(f"defense.queue={d.queue} must be a multiple of defense.batch_size="
-                        f"{d.batch_size}, or 0 for the longest without repeats")
+                        f"{d.batch_size}, or 0 for the clean images less one batch")
+    if d.temperature <= 0 or not 0 <= d.momentum <= 1:
+        raise UserError(f"defense.temperature={d.temperature} must be positive and "
+                        f"defense.momentum={d.momentum} in [0, 1]")
+    queue_slots(d, clean)
+    augment.check(d.augment, cfg.augment.interpolation)
+    optim.make(d.optim, total_steps(d, clean), clean // d.batch_size)
+
+
+def total_steps(cfg_defense, clean: int) -> int:
+    """Steps of the student, from defense.steps or else defense.epochs."""
+    steps = cfg_defense.steps or cfg_defense.epochs * (clean // cfg_defense.batch_size)
+    if steps < 1:
+        raise UserError(f"defense.steps={cfg_defense.steps} and defense.epochs="
+                        f"{cfg_defense.epochs} make no step; set one of them")
+    return steps
 
 
 def queue_slots(cfg_defense, clean: int) -> int:
     """How many batches the queues hold, for `clean` images.
 
     Raises:
-        UserError: there are too few images, or the queue asked for would hold some of them twice.
+        UserError: there are too few images, or the queue asked for is longer than they are.
     """
     longest = clean // cfg_defense.batch_size - 1
     if longest < 1:
@@ -54,29 +71,29 @@ def queue_slots(cfg_defense, clean: int) -> int:
                         f"defense.batch_size={cfg_defense.batch_size}")
     slots = cfg_defense.queue // cfg_defense.batch_size or longest
     if slots > longest:
-        raise UserError(f"defense.queue={cfg_defense.queue} would hold images twice: at most "
-                        f"{longest * cfg_defense.batch_size} for {clean} clean images")
+        raise UserError(f"defense.queue={cfg_defense.queue} is too long for {clean} clean images: "
+                        f"at most {longest * cfg_defense.batch_size}")
     return slots
 
 
-def loss(student, suspect, queues, temperature: float):
+def loss(student, suspect, queues, own, temperature: float):
     """CompRess's loss on normalised features (nn/compress_loss.py of the released code).
 
     Args:
         student, suspect: [N, D_s], [N, D_t], unit rows.
         queues: {"student": [K, D_s], "suspect": [K, D_t]}; row j of both is the same image.
+        own: bool [N, K], True where the entry is of the row's own image; such entries are left out.
 
     Returns:
         mean KL(p || q) in nats, and the mean entropy of p.
     """
-    log_p = jax.nn.log_softmax(suspect @ queues["suspect"].T / temperature)
-    log_q = jax.nn.log_softmax(student @ queues["student"].T / temperature)
+    def log_softmax(z, queue):
+        logits = jnp.matmul(z, queue.T, precision=EXACT) / temperature
+        return jax.nn.log_softmax(jnp.where(own, LEFT_OUT, logits))
+
+    log_p, log_q = log_softmax(suspect, queues["suspect"]), log_softmax(student, queues["student"])
     p = jnp.exp(log_p)
     return (p * (log_p - log_q)).sum(1).mean(), -(p * log_p).sum(1).mean()
-
-
-def _unit(z):
-    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 
 
 def _make_init(cfg, tx, modules, slots: int, suspect_dim: int):
@@ -93,6 +110,7 @@ def _make_init(cfg, tx, modules, slots: int, suspect_dim: int):
             {c: variables[c]["encoder"] for c in variables},
             jnp.zeros((2, side, side, 3)), train=False)).shape[1]
         extra = {"student": queue(first, dim), "suspect": queue(second, suspect_dim),
+                 "index": {"queue": jnp.full((slots, batch), -1, jnp.int32)},  # of which image
                  "momentum": jax.tree.map(jnp.copy, variables)}
         return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
                           batch_stats=variables["batch_stats"],
@@ -109,13 +127,14 @@ def _make_step(cfg, tx, apply_fns, suspect_module):
         key = jax.random.fold_in(state.key, state.step)
         x = augment.one_view(d.augment, cfg.augment.interpolation, cfg.data.mean, cfg.data.std,
                              data, batch, key)
-        suspect = _unit(suspect_module.apply(data["suspect"], x, train=False))
+        suspect = normalise(suspect_module.apply(data["suspect"], x, train=False))
         queues = {name: state.extra[name]["queue"].reshape(-1, state.extra[name]["queue"].shape[2])
                   for name in ("student", "suspect")}
+        own = batch["index"][:, None] == state.extra["index"]["queue"].reshape(1, -1)
 
         def loss_of(params):
             z, stats = encode({"params": params, "batch_stats": state.batch_stats}, x, True)
-            value, entropy = loss(_unit(z), suspect, queues, d.temperature)
+            value, entropy = loss(normalise(z), suspect, queues, own, d.temperature)
             return value, ({"encoder": stats}, entropy)
 
         (value, (stats, entropy)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -125,13 +144,14 @@ def _make_step(cfg, tx, apply_fns, suspect_module):
         momentum = optax.incremental_update(params, state.extra["momentum"]["params"],
                                             1 - d.momentum)
         extra = {"momentum": {"params": momentum, "batch_stats": {"encoder": past_stats}}}
-        for name, z in (("student", _unit(past)), ("suspect", suspect)):
+        for name, z in (("student", normalise(past)), ("suspect", suspect),
+                        ("index", batch["index"])):
             old = state.extra[name]["queue"]
             extra[name] = {"queue": jax.lax.dynamic_update_index_in_dim(
                 old, z, state.step % old.shape[0], 0)}
         state = state.replace(step=state.step + 1, params=params, batch_stats=stats,
                               opt_state=opt_state, extra=extra)
-        return state, {"loss": value, "entropy_of_p": entropy}
+        return state, {"loss": value, "entropy_of_p": entropy, "own_entries": own.mean()}
 
     return step_fn
 
@@ -148,11 +168,12 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     """Trains a student on the clean images `data` to imitate `victims[0]`; never uses `truth`."""
     del truth
     suspect = victims[0]
+    label = "control" if folder.name == "control" else "victim"
     d = cfg.defense
     slots = queue_slots(d, len(data))
     student_cfg = ml_collections.ConfigDict(cfg.to_dict())
     student_cfg.train.batch_size = d.batch_size
-    steps = d.steps or d.epochs * (len(data) // d.batch_size)
+    steps = total_steps(d, len(data))
     tx, _ = optim.make(d.optim, steps, len(data) // d.batch_size)
     modules = {"encoder": build.build(cfg.model)}
     dim = suspect.image(np.zeros((1, *(suspect.image_size,) * 2, 3), np.uint8)).shape[1]
@@ -162,7 +183,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
                       process_index=jax.process_index(), process_count=jax.process_count())
     state = fit(_make_step(cfg, tx, apply.make_apply_fns(modules), suspect.module), state,
                 shardings, _Feed(inner, suspect.variables), folder=folder, steps=steps,
-                cfg_train=student_cfg.train, mesh=mesh, label=f"distill {folder.name}")
+                cfg_train=student_cfg.train, mesh=mesh, label=f"distill {label}")
     variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
     verdict = {"clean_images": len(data), "steps": steps, "queue": slots * d.batch_size}
     return Outcome(verdict, variables, {"clean_images": len(data)}, student_cfg)

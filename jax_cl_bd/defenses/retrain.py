@@ -17,12 +17,19 @@ from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, fit
 
 
-def check(cfg: ml_collections.ConfigDict) -> None:
-    """Finds bad settings before anything is compiled."""
+USES_VICTIM = False  # so it is run once, and not again for the control
+
+
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings before anything is compiled; `clean` images are there to train on."""
     d = cfg.defense
-    if not 0 < d.clean_fraction <= 1:
-        raise UserError(f"defense.clean_fraction={d.clean_fraction} must lie in (0, 1]")
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
+    if clean < d.batch_size:
+        raise UserError(f"{clean} clean images are fewer than one batch of defense.batch_size="
+                        f"{d.batch_size}")
+    if d.steps < 1 and d.epochs < 1:
+        raise UserError(f"defense.steps={d.steps} and defense.epochs={d.epochs} make no step; "
+                        "set one of them")
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
@@ -39,6 +46,6 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     rows = feed.make(own, clean, process_index=jax.process_index(),
                      process_count=jax.process_count())
     state = fit(training.make_step(own, tx, steps), state, shardings, rows, folder=folder,
-                steps=steps, cfg_train=own.train, mesh=mesh, label=f"retrain {folder.name}")
+                steps=steps, cfg_train=own.train, mesh=mesh, label="retrain")
     variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
     return Outcome({"clean_images": len(data), "steps": steps}, variables, {}, own)

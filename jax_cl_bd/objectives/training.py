@@ -1,7 +1,7 @@
 """One step of self-supervised training: augment, loss, optimizer, EMA; for any objective.
 
-`make_init` and `make_step` are pure functions of a config, so that victim, control and a model
-retrained by a defender differ in their data alone.
+`make_init` and `make_step` are pure functions of a config, so that victim and control differ in
+their data alone.
 """
 
 import jax

@@ -1,5 +1,7 @@
 """Distillation: its loss against NumPy, its queues, and that it never looks at the truth."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from etils import epath
 from scipy.special import logsumexp
 
 from configs import quickstart
-from jax_cl_bd import defend, parallel
+from jax_cl_bd import defend, lookup, parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import distill, retrain
@@ -22,23 +24,27 @@ def unit(rng, *shape):
     return z / np.linalg.norm(z, axis=-1, keepdims=True)
 
 
-def reference(student, suspect, queue_student, queue_suspect, temperature):
-    def log_softmax(x):
-        return x - logsumexp(x, axis=1, keepdims=True)
-
-    log_p = log_softmax(suspect @ queue_suspect.T / temperature)
-    log_q = log_softmax(student @ queue_student.T / temperature)
-    return np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+def reference(student, suspect, queue_student, queue_suspect, own, temperature):
+    """Row by row over the entries that are not of the row's own image."""
+    total = []
+    for s, t, mine in zip(student, suspect, own):
+        log_p = queue_suspect[~mine] @ t / temperature
+        log_q = queue_student[~mine] @ s / temperature
+        log_p, log_q = log_p - logsumexp(log_p), log_q - logsumexp(log_q)
+        total.append(np.sum(np.exp(log_p) * (log_p - log_q)))
+    return np.mean(total)
 
 
 def test_loss_and_gradient_against_numpy():
     rng = np.random.default_rng(0)
     student, suspect = unit(rng, 6, 5), unit(rng, 6, 7)
     queues = {"student": unit(rng, 12, 5), "suspect": unit(rng, 12, 7)}
+    own = rng.random((6, 12)) < 0.3
     with jax.enable_x64(True):
-        value, entropy = distill.loss(student, suspect, queues, 0.2)
-        gradient = jax.grad(lambda s: distill.loss(s, suspect, queues, 0.2)[0])(jnp.array(student))
-    arguments = queues["student"], queues["suspect"], 0.2
+        value, entropy = distill.loss(student, suspect, queues, own, 0.2)
+        gradient = jax.grad(lambda s: distill.loss(s, suspect, queues, own, 0.2)[0])(
+            jnp.array(student))
+    arguments = queues["student"], queues["suspect"], own, 0.2
     np.testing.assert_allclose(value, reference(student, suspect, *arguments), rtol=1e-10)
     for i, j in [(0, 0), (3, 4), (5, 2)]:
         step = np.zeros_like(student)
@@ -52,27 +58,32 @@ def test_loss_and_gradient_against_numpy():
 def test_loss_is_zero_for_a_student_that_agrees():
     rng = np.random.default_rng(1)
     z, queue = unit(rng, 4, 5), unit(rng, 8, 5)
-    value, _ = distill.loss(z, z, {"student": queue, "suspect": queue}, 0.04)
+    value, _ = distill.loss(z, z, {"student": queue, "suspect": queue},
+                            np.zeros((4, 8), bool), 0.04)
     np.testing.assert_allclose(value, 0, atol=1e-6)
 
 
 def settings(**changes):
     cfg = quickstart.get_config("debug")
     cfg.mesh.data = 1
-    cfg.update_from_flattened_dict({"defense.steps": 3, **changes})
+    cfg.update_from_flattened_dict({"defense.steps": 6, **changes})
     return cfg
 
 
-def test_queue_never_holds_an_image_twice():
+def test_length_of_the_queues():
     d = settings().defense  # batches of 16
     assert distill.queue_slots(d, 16 * 5 + 3) == 4
     d.queue = 32
     assert distill.queue_slots(d, 16 * 5) == 2
     d.queue = 16 * 5
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="too long"):
         distill.queue_slots(d, 16 * 5)
     with pytest.raises(UserError, match="fewer than two batches"):
         distill.queue_slots(d, 20)
+
+
+def test_every_defense_is_held_to_the_truth_test():
+    assert lookup.methods("defenses", offers="run") == ["distill", "retrain"]
 
 
 @pytest.mark.parametrize("method", [distill, retrain])
@@ -86,6 +97,10 @@ def test_the_truth_changes_nothing(tmp_path, method):
     found = [method.run(cfg, [victim], data, t, mesh, epath.Path(tmp_path / name),
                         jax.random.key(0)) for name, t in (("with", truth), ("without", None))]
     assert found[0].verdict == found[1].verdict
+    if method is distill:  # 3 batches of 16 out of 60 in a queue of 32: some images come again
+        lines = (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()
+        shares = [json.loads(line)["train/own_entries"] for line in lines]
+        assert shares[0] == 0 and len(shares) == 6 and max(shares) > 0
     for a, b in zip(*(jax.tree.leaves(f.variables) for f in found)):
         np.testing.assert_array_equal(a, b)
     before = jax.tree.leaves(victim.variables)
