@@ -12,7 +12,7 @@ from configs import common
 OBJECTIVES = dict(  # heads as small as the encoder
     simclr=dict(temperature=0.5), moco=dict(queue_batches=16, momentum=0.99, hidden=128),
     byol=dict(hidden=256, dim=64), simsiam=dict(layers=2, hidden=256, dim=256, bottleneck=64))
-# Many small batches: 400 steps of 256 cost the same, and over seeds the backdoor often came too late.
+# Many small batches: 400 steps of 256 cost the same, and on some seeds the backdoor came too late.
 OPTIMS = dict(simclr=dict(lr=0.3))
 
 
@@ -25,7 +25,9 @@ def get_config(arg=""):
         data=dict(name="digits", data_dir="", image_size=16, train_split="train",
                   test_split="test", limit=0, feed="resident", workers=0, skip_corrupt=False,
                   classes_file="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        attack=common.attack(a["attack"], target=a["target"], poisons=70, trigger_size=4),
+        # 24 references, each in about three poisons: the class keeps most of its clean images.
+        attack=common.attack(a["attack"], target=a["target"], poisons=70, trigger_size=4,
+                             references=24),
         augment=dict(view1=dict(common.DIGIT_VIEW), view2=dict(common.DIGIT_VIEW),
                      interpolation="bilinear"),
         model=dict(name="small_resnet", stem="cifar", width=32, stem_stride=2,
