@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
+from matplotlib import colors
 from PIL import Image
 
-from jax_cl_bd import poison
+from jax_cl_bd import poison, preview
 from jax_cl_bd.data import sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.triggers import htba
@@ -137,7 +138,8 @@ def test_no_attack(tmp_path):
 
 def test_preview_outlines_the_trigger(made):
     picture = np.asarray(Image.open(made / "poison" / "preview.png").convert("RGB")).astype(int)
-    for color in ((0xd6, 0x27, 0x28), (0x1f, 0x77, 0xb4), (0x2c, 0xa0, 0x2c)):
+    for name in preview.COLORS.values():
+        color = np.round(255 * np.array(colors.to_rgb(name)))
         assert (np.abs(picture - color).sum(-1) < 30).sum() > 1000
 
 
