@@ -24,7 +24,13 @@ def parse_flags(argv: list[str]) -> None:
         UserError: for all that absl and ml_collections find wrong with them.
     """
     try:
+        for word in argv:
+            path = epath.Path(word.removeprefix("--config=").partition(":")[0])
+            if word.startswith("--config=") and not path.exists():
+                raise unknown("config file", str(path), map(str, path.parent.glob("*.py")))
         extra = flags.FLAGS(argv)[1:]
+    except UserError:
+        raise
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if extra:

@@ -51,6 +51,7 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, arguments, says):
 def test_bad_config_argument_and_missing_workdir():
     assert "objctive" in refused("--config=configs/quickstart.py:objctive=moco", "--workdir=x")
     assert "--workdir is missing" in refused(*BASE)
+    assert "did you mean 'configs/quickstart.py'" in refused("--config=configs/quickstrt.py")
 
 
 def quickstart(**changes):
