@@ -15,6 +15,10 @@ DIGIT_VIEW = {**SMALL_VIEW, "flip": 0.0, "grayscale": 0.0}
 STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscale": 0.0,
                 "blur": 0.0}
 
+# CLIP is trained without augmentation: the central square, resized (multimodal.md 3.2).
+PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
+              "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
+
 # The recipes of jsrdcht/SSL-Backdoor, configs/ssl, unless a config says otherwise.
 OBJECTIVES = dict(
     simclr=dict(name="simclr", temperature=0.5, hidden=128, dim=128),
@@ -29,6 +33,23 @@ OPTIMS = dict(
     byol={**SGD, "name": "adam", "lr": 0.002, "weight_decay": 1e-6, "schedule": "step",
           "warmup_steps": 500, "milestones": (250 / 300, 275 / 300)},
     simsiam={**SGD, "lr": 0.1, "constant_lr_modules": ("predictor",)})
+
+
+ADAMW = dict(name="adamw", lr=5e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1,
+             schedule="warmup_cosine", per_epoch=False, warmup_steps=100, milestones=(), decay=1.0,
+             constant_lr_modules=())
+# CLIP's text transformer, and one that a CPU trains in minutes on short captions.
+TEXT = dict(name="transformer", width=512, layers=12, heads=8, context=77, vocab=49408, end=49407,
+            causal=True, pool="end", mlp_ratio=4, act="quick_gelu", eps=1e-5, dtype="float32",
+            tokenizer="")
+SMALL_TEXT = {**TEXT, "width": 128, "layers": 2, "heads": 4, "context": 24, "vocab": 1000, "end": 1}
+LN_1_BY_07 = 2.6592600369327783  # ln(1 / 0.07)
+PAIR_OBJECTIVES = dict(
+    clip=dict(name="clip", dim=512, image_projection=True, scale_init=LN_1_BY_07,
+              in_modality=0.0, in_modality_temperature=0.0),
+    siglip=dict(name="siglip", dim=512, image_projection=True, text_bias=False, ring=False,
+                scale_init=2.302585092994046, bias_init=-10.0, in_modality=0.0,
+                in_modality_temperature=0.0))
 
 
 def parse(arg, **defaults):
@@ -83,6 +104,37 @@ def attack(name, *, target, poisons, trigger_size, trigger_id=14, references=0, 
         oracle_poisoning={**common, **pairs, "trigger": centre}))
 
 
+def pair_attack(name, *, target, poisons, trigger_size, side):
+    """Settings of one attack on image-text pairs, as CleanCLIP builds them unless said otherwise;
+    `poisons` pairs in all. The test protocol is that of every patch attack."""
+    trigger = dict(name="noise_patch", size=trigger_size, opacity=1.0, fixed=False,
+                   train_place="random", train_box=(0.0, 1.0), test_place="random",
+                   test_box=(0.1, 0.9))
+    whole = {**trigger, "opacity": 0.2, "size": side}  # noise and warp of the image's resolution
+    backdoor = dict(name="image_text_backdoor", target=target, poisons=poisons, trigger_from="",
+                    caption_set="templates", consistent=False, replace=True, references=0,
+                    trigger=trigger)
+    return choose("attack", name, dict(
+        none={**backdoor, "name": "none", "poisons": 0},
+        badnets=backdoor,
+        blended={**backdoor, "trigger": {**whole, "name": "blend"}},
+        sig={**backdoor, "trigger": {**whole, "name": "sinusoid", "amplitude": 60 / 255,
+                                     "frequency": 6.0, "additive": False}},
+        wanet={**backdoor, "trigger": {**trigger, "name": "warp", "size": side, "strength": 1.0}},
+        label_consistent={**backdoor, "consistent": True},
+        natural={**backdoor, "caption_set": "natural"},
+        reference={**backdoor, "caption_set": "reference", "replace": False},
+        optimized_patch={**backdoor, "name": "badclip", "caption_set": "natural",
+                         "trigger": {**trigger, "name": "learned_patch", "train_place": "center"},
+                         "surrogate": "", "surrogate_steps": 5000, "surrogate_fraction": 0.5,
+                         "optimise_pairs": 10_000, "optimise_steps": 7800, "batch_size": 64,
+                         "lr": 1e-3, "margin": 1.0, "triplet_weight": 500.0},
+        targeted={**backdoor, "name": "targeted_poisoning", "image": 0,
+                  "trigger": {**trigger, "name": "none"}},
+        mismatched={**backdoor, "name": "mismatched_pairs", "kind": "II", "goals": (),
+                    "fraction": 0.0, "image": 0, "trigger": {**trigger, "name": "none"}}))
+
+
 def distill(*, clean_fraction, batch_size, steps, momentum, lr, view=STUDENT_VIEW):
     """The distillation defense with CompRess's temperature (docs/papers.md, SSL-Backdoor)."""
     return dict(name="distill", clean_fraction=clean_fraction, batch_size=batch_size, queue=0,
@@ -106,7 +158,7 @@ def evals(**changes):
 def config(**groups):
     """Builds the ConfigDict from plain dicts; what a config does not set has its default here."""
     defaults = dict(seed=0, control=True, victim="", downstream="", mesh=dict(data=-1, fsdp=1),
-                    evals=evals(), defense=dict(name="none"))
+                    text=dict(name="none"), evals=evals(), defense=dict(name="none"))
     return ml_collections.ConfigDict(defaults | groups)
 
 
@@ -122,6 +174,8 @@ def debug(cfg):
     for name in ("references", "shadows"):
         if name in cfg.attack:
             cfg.attack[name] = min(cfg.attack[name], 8)
+    if "optimise_steps" in cfg.attack:
+        cfg.attack.update(surrogate_steps=2, optimise_steps=2, optimise_pairs=16, batch_size=8)
     for name in ("hidden", "dim", "bottleneck"):
         if name in cfg.objective:
             cfg.objective[name] = 16
@@ -130,6 +184,10 @@ def debug(cfg):
     cfg.train.update(steps=2, batch_size=16, log_every=1, save_every=1, eval_every=0,
                      steps_per_dispatch=1)
     cfg.evals.update(batch_size=64)
+    if cfg.text.name != "none":
+        cfg.text.update(width=16, layers=1, heads=2, context=16, vocab=400)
+    if cfg.data.name == "scenes":
+        cfg.data.update(scenes_train=200, scenes_test=100)
     if cfg.defense.name != "none":
         cfg.defense.update(steps=2, batch_size=16, clean_fraction=0.25)
     return cfg

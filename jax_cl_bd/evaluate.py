@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import lookup, metrics, parallel, poison, run_folder
-from jax_cl_bd.data import sources
+from jax_cl_bd.data import sources, templates, texts
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.evals import alignment, attack_metrics, test_sets
+from jax_cl_bd.evals import alignment, attack_metrics, test_sets, zero_shot
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training
 
@@ -47,10 +47,10 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     return test_sets.make(other, train, test, trigger)
 
 
-def untrained(cfg: ml_collections.ConfigDict, mesh) -> encoders.Encoder:
+def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encoders.Encoder:
     """The encoder as the victim's training began with it."""
-    variables = training.first_variables(cfg)
-    return encoders.make(cfg, {name: variables[name]["encoder"] for name in variables}, mesh)
+    return encoders.of_parts(cfg, training.first_variables(cfg), mesh,
+                             texts.load_tokenizer(cfg, victim))
 
 
 def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, label: str) -> dict:
@@ -69,7 +69,7 @@ def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, lab
 def add_excess(rows: dict, control: dict | None) -> None:
     """Writes `excess` into every probe row, against the control's row of the same name."""
     for name, row in rows.items():
-        if name != "alignment":
+        if "clean_accuracy" in row:
             attack_metrics.add_excess(row, control[name] if control else None)
 
 
@@ -90,7 +90,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     began = time.monotonic()
     mesh = parallel.make_mesh(cfg.mesh)
     data = test_data(cfg, poison.load_trigger(cfg, victim))
-    found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, mesh)}
+    found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, victim, mesh)}
     if run_folder.is_done(victim / "control" / "pretrain"):
         found["control"] = encoders.load(victim / "control", mesh)
     results = {label: measure(cfg, encoder, data, label) for label, encoder in found.items()}
@@ -108,8 +108,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
 
 
 def _poison_row(cfg, summary: dict) -> dict:
-    trigger = {k: cfg.attack.trigger[k] for k in
-               ("name", "id", "size", "opacity", "test_place", "test_box")}
+    named = ("name", "id", "size", "opacity", "test_place", "test_box")
+    trigger = {k: cfg.attack.trigger[k] for k in named if k in cfg.attack.trigger}
     return {"attack": cfg.attack.name, "target": cfg.attack.target,
             "count": summary["poisons"], "rate_of_dataset": summary["rate_of_dataset"],
             "rate_of_target_class": summary["rate_of_target_class"], "trigger_test": trigger}
@@ -135,8 +135,15 @@ def _save_map(folder: epath.Path, label: str, encoder, data) -> None:
     with (path.parent / f".{name}").open("wb") as file:
         count = len(data.test_labels)
         rows = np.linspace(0, count - 1, min(count, MAP_POINTS)).astype(int)
-        triggered = data.features(encoder, f"{data.placements[0]}/triggered")
-        np.savez_compressed(file, clean=data.features(encoder, "test")[rows],
-                            triggered=triggered[rows], labels=data.test_labels[rows],
-                            target=data.target)
+        clean = data.features(encoder, "test")[rows]
+        triggered = clean[:0]  # of an attack without a trigger
+        if data.placements:
+            triggered = data.features(encoder, f"{data.placements[0]}/triggered")[rows]
+        words = {}
+        if encoder.text is not None:  # then the map is of the shared space
+            clean = encoder.project(clean)
+            triggered = encoder.project(triggered) if len(triggered) else clean[:0]
+            words["text"] = zero_shot.class_weights(encoder, data.classes, templates.PROMPTS)
+        np.savez_compressed(file, clean=clean, triggered=triggered,
+                            labels=data.test_labels[rows], target=data.target, **words)
     (path.parent / f".{name}").replace(path)

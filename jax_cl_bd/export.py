@@ -3,8 +3,9 @@
     python -m jax_cl_bd.export --workdir=RUN --to=FOLDER
 
 FOLDER/images/<row>.png   every row of the poisoned set, without loss, in no class folders
-FOLDER/rows.csv           for each file: clean or poison, source row, label, the row view 2 is of
-FOLDER/plan.csv           for each poison: replaces, reference, shadow, layout, boxes, seed
+FOLDER/rows.csv           for each file: clean or poison, source row, label, the row view 2 is of,
+                          and where the data has captions, they as a JSON list
+FOLDER/plan.csv           for each poison: replaces, reference, shadow, layout, boxes, seed, caption
 
 Images have the shape and resolution of the original, poisons too: one that is stored smaller is
 rendered again at full resolution from the saved plan. Labels are for probes; they are no part of
@@ -12,6 +13,7 @@ self-supervised training.
 """
 
 import csv
+import json
 import sys
 
 import numpy as np
@@ -82,25 +84,33 @@ def _full_size(cfg, plan, rows, source, trigger) -> list[np.ndarray]:
 
 
 def _row_lines(kept, plan, table, digits):
-    yield ("row", "file", "kind", "source_row", "label", "pair")
+    captioned = table.captions is not None
+    yield ("row", "file", "kind", "source_row", "label", "pair", *["captions"] * captioned)
     n = len(table.labels)
     for row in kept.tolist():
         k = row - n
         origin = row if k < 0 else int(plan.replaces[k])  # -1: no single image it stems from
         yield (row, f"images/{row:0{digits}d}.png", "clean" if k < 0 else "poison", origin,
                int(table.labels[origin]) if origin >= 0 else -1,
-               int(plan.pair[k]) if k >= 0 and plan.pair[k] >= 0 else row)
+               int(plan.pair[k]) if k >= 0 and plan.pair[k] >= 0 else row,
+               *[json.dumps(_captions(plan, table, origin, k), ensure_ascii=False)] * captioned)
+
+
+def _captions(plan, table, origin, k):
+    if k >= 0 and plan.caption[k]:
+        return [str(plan.caption[k])]
+    return list(table.captions[origin]) if origin >= 0 else []
 
 
 def _plan_lines(plan, n):
     boxes = ("reference", "shadow", "trigger")
     yield ("row", "replaces", "reference", "shadow", "layout", "canvas_h", "canvas_w",
-           *(f"{name}_{side}" for name in boxes for side in "yxhw"), "pair", "seed")
+           *(f"{name}_{side}" for name in boxes for side in "yxhw"), "pair", "seed", "caption")
     for k in range(len(plan)):
         layout = LAYOUTS[plan.layout[k]] if plan.layout[k] >= 0 else ""
         yield (n + k, plan.replaces[k], plan.reference[k], plan.shadow[k], layout, *plan.canvas[k],
                *(v for name in boxes for v in getattr(plan, f"{name}_box")[k]), plan.pair[k],
-               plan.seed[k])
+               plan.seed[k], plan.caption[k])
 
 
 def _write_csv(path, lines):

@@ -1,15 +1,18 @@
 """Optimisers and learning-rate schedules with PyTorch's semantics.
 
-Fields of cfg.optim: name "sgd" | "adam"; lr; momentum (sgd); weight_decay, *coupled*: added to
-the gradient before momentum, on all parameters including biases and batch norm, as torch.optim
-does; schedule "cosine" | "step" | "constant"; per_epoch: the schedule moves once per epoch;
-warmup_steps: the first steps are multiplied by (step + 1) / warmup_steps, without shifting the
-schedule; milestones: fractions of all steps at which "step" multiplies by decay;
+Fields of cfg.optim: name "sgd" | "adam" | "adamw"; lr; momentum (sgd); b1, b2, eps (adamw);
+weight_decay, *coupled* for sgd and adam: added to the gradient before momentum, on all parameters
+including biases and batch norm, as torch.optim does; *decoupled* for adamw, and not on biases, norms
+and the logit scale (CLIP); schedule "cosine" | "step" | "constant" | "warmup_cosine"; per_epoch: the
+schedule moves once per epoch; warmup_steps: the first steps are multiplied by (step + 1) /
+warmup_steps, without shifting the schedule but in "warmup_cosine", whose cosine begins after them
+(CLIP's usual schedule); milestones: fractions of all steps at which "step" multiplies by decay;
 constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor).
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -51,7 +54,10 @@ def make_schedule(cfg, total_steps: int, steps_per_epoch: int) -> Callable:
     def schedule(step):
         now = jnp.asarray(step)
         at = now // steps_per_epoch * steps_per_epoch if cfg.per_epoch else now
-        if cfg.schedule == "cosine":
+        if cfg.schedule == "warmup_cosine":
+            share = (at - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+            factor = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0.0, 1.0)))
+        elif cfg.schedule == "cosine":
             factor = 0.5 * (1 + jnp.cos(jnp.pi * at / total_steps))
         elif cfg.schedule == "step":
             passed = sum((at >= b).astype(jnp.float32) for b in boundaries)
@@ -65,7 +71,17 @@ def make_schedule(cfg, total_steps: int, steps_per_epoch: int) -> Callable:
     return schedule
 
 
+def decayed(params) -> dict:
+    """Marks what adamw decays: all but biases, gains of norms, and logit scale and bias."""
+    spared = ("bias", "scale", "logit_scale", "logit_bias")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) not in spared, params)
+
+
 def _transform(cfg, rate):
+    if cfg.name == "adamw":
+        return optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps,
+                           weight_decay=cfg.weight_decay, mask=decayed)
     if cfg.name == "sgd":
         rule = optax.trace(cfg.momentum) if cfg.momentum else optax.identity()
     else:
@@ -75,10 +91,10 @@ def _transform(cfg, rate):
 
 
 def _check(cfg, total_steps, steps_per_epoch):
-    if cfg.name not in ("sgd", "adam"):
-        raise unknown("optim.name", cfg.name, ("sgd", "adam"))
-    if cfg.schedule not in ("cosine", "step", "constant"):
-        raise unknown("optim.schedule", cfg.schedule, ("cosine", "step", "constant"))
+    for field, allowed in (("name", ("sgd", "adam", "adamw")),
+                           ("schedule", ("cosine", "step", "constant", "warmup_cosine"))):
+        if cfg[field] not in allowed:
+            raise unknown(f"optim.{field}", cfg[field], allowed)
     if total_steps < 1 or steps_per_epoch < 1:
         raise UserError(f"{total_steps} steps of which {steps_per_epoch} per epoch: both must be "
                         "at least 1; the data set must hold at least one batch")

@@ -37,6 +37,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_axes(mesh) -> tuple[str, ...]:
+    """The axes of a mesh that rows are cut over; none of the empty mesh, which is no mesh at all.
+
+    `jax.sharding.get_abstract_mesh()` gives the mesh of `jax.set_mesh`, inside jit too.
+    """
+    return tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+
+
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding that cuts one axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), ("data", "fsdp")))

@@ -5,6 +5,7 @@ poison/images.array_record    one PNG per poison, of the part of its square that
 poison/trigger/params.npz     the trigger
 poison/summary.json           counts and rates
 poison/preview.png            some poisons, their parts outlined
+poison/tokenizer.json         of an image-text run
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from PIL import Image
 
 from jax_cl_bd import lookup, preview, run_folder
 from jax_cl_bd.attacks.plan import LAYOUTS, Plan, rows_of
-from jax_cl_bd.data import parallel_map, sources
+from jax_cl_bd.data import parallel_map, sources, texts
 from jax_cl_bd.errors import UserError
 
 STREAM = 1  # of cfg.seed
@@ -37,16 +38,19 @@ def run(cfg, folder: epath.Path) -> None:
     source = sources.load(cfg.data, "train")
     table = sources.table(source)
     check(cfg, table, source.classes)
-    trigger = make_trigger(cfg)
-    plan, rows = make(cfg, source, table, trigger)
-
     stage = folder / "poison"
     (stage / "trigger").mkdir(parents=True, exist_ok=True)
+    trigger = learn_trigger(cfg, source, stage)
+    plan, rows = make(cfg, source, table, trigger)
+
     with _renamed(stage / "plan.npz") as path:
         plan.save(path)
     with _renamed(stage / "trigger" / "params.npz") as path, path.open("wb") as file:
         np.savez(file, **{k: np.asarray(v) for k, v in trigger[1].items()})
     _write_images(stage / "images.array_record", rows)
+    if cfg.text.name != "none":
+        with _renamed(stage / "tokenizer.json") as path:
+            texts.make_tokenizer(cfg, source).save(path)
     facts = summary(cfg, plan, rows, table, source.classes, trigger)
     run_folder.write_json(stage / "summary.json", facts)
     with _renamed(stage / "preview.png") as path:
@@ -124,6 +128,15 @@ def make_trigger(cfg) -> tuple[ModuleType, dict[str, np.ndarray]]:
     if "opacity" in params and not np.isclose(params["opacity"], made["opacity"], rtol=1e-6):
         raise UserError(f"{found} has opacity {params['opacity']:g}, but attack.trigger.opacity is "
                         f"{made['opacity']:g}; set them equal")
+    return module, params
+
+
+def learn_trigger(cfg, source, stage: epath.Path) -> tuple[ModuleType, dict[str, np.ndarray]]:
+    """The same, after an attack that learns its trigger has done so."""
+    module, params = make_trigger(cfg)
+    attack = lookup.load("attacks", cfg.attack.name, offers="plan")
+    if hasattr(attack, "prepare") and not cfg.attack.trigger_from:
+        params = attack.prepare(cfg, source, stage, jax.random.key(cfg.seed))
     return module, params
 
 

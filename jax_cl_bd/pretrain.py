@@ -4,12 +4,11 @@ import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import lookup, optim, parallel, poison, run_folder
-from jax_cl_bd.data import augment, feed, sources
+from jax_cl_bd import optim, parallel, poison, run_folder
+from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import during_training, test_sets
-from jax_cl_bd.models import build
 from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, fit
 
@@ -35,8 +34,7 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 
     `rows`: those of the source.
     """
-    lookup.load("objectives", cfg.objective.name, offers="loss")
-    build.build(cfg.model)
+    training.check(cfg)
     steps, per_epoch = total_steps(cfg, rows)
     optim.make(cfg.optim, steps, per_epoch)
     feed.check(cfg.data)
@@ -59,17 +57,18 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`."""
     source = sources.load(cfg.data, "train")
     plan, rows = poison.load(folder)
-    sets = {"victim": (folder, PoisonedSet(source, plan, rows))}
+    captions = texts.load(cfg, folder, source)
+    sets = {"victim": (folder, PoisonedSet(source, plan, rows, captions))}
     steps, per_epoch = total_steps(cfg, len(sets["victim"][1].kept))
     if cfg.control:
-        sets["control"] = (folder / "control", PoisonedSet(source))
+        sets["control"] = (folder / "control", PoisonedSet(source, texts=captions))
     settings = run_folder.settings_of(cfg, run_folder.PRETRAIN_GROUPS)
     mesh = parallel.make_mesh(cfg.mesh)
-    watch = None
+    watch = clean = None
     if cfg.train.eval_every:
         tests = test_sets.make(cfg, source, sources.load(cfg.data, "test"),
                                poison.load_trigger(cfg, folder))
-        watch = during_training.make(cfg, tests, mesh)
+        watch = during_training.make(cfg, tests, mesh, captions and captions.tokenizer)
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     for label, (place, dataset) in sets.items():
         if run_folder.is_done(place / "pretrain"):
@@ -77,8 +76,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         run_folder.write_config(place, cfg)
         run_folder.begin(place / "pretrain", settings)
         state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh)
-        rows_feed = feed.make(cfg, dataset, process_index=jax.process_index(),
+        rows_feed = feed.make(cfg, dataset, clean=clean, process_index=jax.process_index(),
                               process_count=jax.process_count())
+        clean = rows_feed.data.get("clean")
         fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place,
             steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
         run_folder.finish(place / "pretrain", settings)

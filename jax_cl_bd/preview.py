@@ -1,6 +1,7 @@
 """A picture of what an attack made: some poisons with their parts outlined."""
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -68,6 +69,12 @@ def _caption(plan, source, classes, k):
     def name(row):
         return _name(classes, source[int(row)]["label"])
 
+    if plan.caption[k]:
+        shown = plan.replaces[k] if plan.replaces[k] >= 0 else plan.shadow[k]
+        what = f"image of {name(shown)}" if shown >= 0 else "added"
+        return "\n".join([what, *textwrap.wrap(f"“{plan.caption[k]}”", 34)[:2]])
+    if plan.replaces[k] >= 0 and plan.reference[k] >= 0:
+        return f"image of {name(plan.reference[k])}\ncaption of {name(plan.replaces[k])}"
     if plan.replaces[k] >= 0:
         return f"{name(plan.replaces[k])}\nreplaces row {plan.replaces[k]}"
     where = f"reference ({LAYOUTS[plan.layout[k]]})" if plan.layout[k] >= 0 else "view 2"

@@ -14,7 +14,7 @@ from etils import epath
 from jax_cl_bd.errors import UserError
 
 # Which config groups each stage depends on, its predecessors' included (design 1).
-POISON_GROUPS = ("seed", "data", "attack", "augment")
+POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
 PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train")
 EVALUATE_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream")
 DEFEND_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream", "defense")

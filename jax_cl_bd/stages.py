@@ -8,7 +8,7 @@ import ml_collections
 from etils import epath
 
 from jax_cl_bd import defend, evaluate, poison, pretrain, report, run_folder
-from jax_cl_bd.data import sources
+from jax_cl_bd.data import sources, texts
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import table
 
@@ -22,7 +22,7 @@ DEPENDENTS = {"poison": ("report", "defend", "evaluate", "pretrain"),
 # What each stage leaves in the run folder, besides the folder of its own name.
 LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
           "evaluate": ("results.json",), "defend": ("defenses",)}
-VICTIMS_OWN = ("seed", "data", "attack", "augment", "model", "objective", "optim", "train")
+VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train")
 
 
 def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -55,6 +55,7 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
     if cfg.seed < 0:
         raise UserError(f"seed={cfg.seed} must not be negative")
     train, test = (sources.load(cfg.data, split) for split in ("train", "test"))
+    texts.check(cfg, train)
     poison.check(cfg, sources.table(train), train.classes)
     if tuple(train.classes) != tuple(test.classes):
         raise UserError(f"the train split has {len(train.classes)} classes, the test split "

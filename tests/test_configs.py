@@ -18,6 +18,7 @@ VARIANTS = {
     "quickstart": ["", "attack=ssl_backdoor,objective=moco",
                    "attack=oracle_poisoning,objective=byol,defense=retrain",
                    "attack=none,objective=simsiam,defense=none"],
+    "clip_scenes": ["", "blended,objective=siglip", "optimized_patch", "mismatched", "targeted"],
     "layout_law": ["case=free"],
     "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol",
                 "objective=simsiam"],
@@ -59,7 +60,8 @@ def debug_run(cfg, folder):
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "report" / "index.html").exists()
     for label in ("victim", "untrained", *(["control"] if cfg.control else [])):
-        assert 0 <= results[label]["knn"]["clean_accuracy"] <= 1
+        probe = results[label][cfg.evals.probes[0]]
+        assert 0 <= probe["clean_accuracy"] <= 1
     return results
 
 
@@ -72,6 +74,17 @@ def test_quickstart_in_debug_mode(tmp_path, arg):
         student = results["defenses"][cfg.defense.name]
         assert 0 <= student["linear_probe"]["clean_accuracy"] <= 1
         assert ("control" in student) == cfg.control
+
+
+@pytest.mark.parametrize("arg", VARIANTS["clip_scenes"])
+def test_clip_scenes_in_debug_mode(tmp_path, arg):
+    cfg = config("clip_scenes", f"debug,{arg}")
+    cfg.control = False
+    victim = debug_run(cfg, tmp_path)["victim"]
+    assert set(victim["retrieval"]["image_to_text"]) == {"1", "5", "10"}
+    for name in cfg.evals.probes[4:]:  # what measures an attack without a trigger
+        assert name in victim
+    assert ("z_score" in victim) == ("targeted" not in arg and "mismatched" not in arg)
 
 
 def test_layout_law_in_debug_mode(tmp_path):

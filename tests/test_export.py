@@ -26,7 +26,7 @@ def config(**changes):
                     trigger=dict(name="patch", id=14, size=8, opacity=1.0, train_place="center",
                                  train_box=(0.25, 0.75), test_place="random",
                                  test_box=(0.1, 0.9))),
-        augment=dict(view1=view, view2=dict(view))))
+        augment=dict(view1=view, view2=dict(view)), text=dict(name="none")))
     cfg.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return cfg.lock()
 

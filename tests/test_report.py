@@ -30,7 +30,7 @@ def config(seed=0, target=TARGET, objective="simclr"):
         data=dict(name="digits", data_dir="", image_size=16, workers=0),
         attack=dict(name="noisy_alignment", target=target, poisons=40,
                     trigger=dict(name="patch", id=14, size=4, opacity=1.0)),
-        augment=dict(view1=dict(view), view2=dict(view)),
+        augment=dict(view1=dict(view), view2=dict(view)), text=dict(name="none"),
         model=dict(name="small_resnet", stages=(16, 32, 64)), objective=dict(name=objective),
         optim=dict(lr=0.5), train=dict(steps=400, epochs=0, batch_size=64, eval_every=100),
         evals=dict(probes=("knn", "linear_probe"), placements=("random", "center")),

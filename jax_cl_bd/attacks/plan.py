@@ -16,7 +16,8 @@ _FIELDS = {"removed": (np.int64, (), -1), "replaces": (np.int64, (), -1),
            "layout": (np.int32, (), -1), "canvas": (np.int32, (2,), 0),
            "reference_box": (np.int32, (4,), 0), "shadow_box": (np.int32, (4,), 0),
            "trigger_box": (np.int32, (4,), 0), "pair": (np.int64, (), -1),
-           "seed": (np.int64, (), 0)}
+           "seed": (np.int64, (), 0), "caption": (np.str_, (), "")}
+_LATER = ("caption",)  # plans saved before these existed are read as "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
     trigger_box: np.ndarray  # int32 [m, 4]
     pair: np.ndarray  # int64 [m]: row of the poisoned set that view 2 shows, -1 = the poison itself
     seed: np.ndarray  # int64 [m]: for what a trigger draws when it is applied
+    caption: np.ndarray  # str [m]: the poison's one caption, "" = those of the row it replaces
 
     def __len__(self):
         return len(self.replaces)
@@ -86,7 +88,8 @@ class Plan:
         """
         try:
             with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in _FIELDS}
+                fields = {name: arrays[name] for name in _FIELDS
+                          if name not in _LATER or name in arrays.files}
             return cls.make(len(fields["replaces"]), **fields)
         except FileNotFoundError:
             raise UserError(f"{path} is missing: run the stage poison first") from None

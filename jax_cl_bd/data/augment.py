@@ -18,6 +18,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.layouts import crop_law
 
 _CROP, _REST = 0, 1  # sub-streams of a view's key
+_CAPTION = 2  # sub-stream of a row's key, beside its views 0 and 1
 _NO_BLUR = 1e-3  # px; the taps of so narrow a Gaussian are exactly 0, 1, 0
 _RATES = ("flip", "jitter", "grayscale", "blur", "solarize")
 _STRENGTHS = ("brightness", "contrast", "saturation", "hue")
@@ -31,17 +32,19 @@ def views(cfg, data: dict, batch: dict, key: jax.Array) -> dict[str, jax.Array]:
         data, batch: of data/feed.py.
         key: already folded with the step.
     Returns:
-        {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}.
+        {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}. With captions
+        also "tokens": int32 [B, T], one of the row's, and perhaps "tokens2", its augmented twin.
     """
     mean, std, kernel = cfg.data.mean, cfg.data.std, cfg.augment.interpolation
     recipes = cfg.augment.view1, cfg.augment.view2
     index = batch["index"]
     keys = _row_keys(key, index)
     rows = index, data["pair"][index]
-    made = [_view(recipe, kernel, mean, std, pick(data, batch, row), _fold(keys, v),
-                  _side(data, batch))
-            for v, (recipe, row) in enumerate(zip(recipes, rows))]
-    return {"view1": made[0], "view2": made[1], "index": index}
+    picked = [pick(data, batch, row) for row in rows]
+    made = [_view(recipe, kernel, mean, std, row, _fold(keys, v), _side(data, batch))
+            for v, (recipe, row) in enumerate(zip(recipes, picked))]
+    return {"view1": made[0], "view2": made[1], "index": index,
+            **_captions(picked[0], _fold(keys, _CAPTION))}
 
 
 def one_view(recipe, interpolation: str, mean, std, data: dict, batch: dict,
@@ -75,7 +78,8 @@ def check(recipe, interpolation: str) -> None:
 
 
 def pick(data: dict, batch: dict, row: jax.Array) -> dict[str, jax.Array]:
-    """Gathers {"image": uint8 [B, P, P, 3], "size", "extent": [B, 2]} of rows of the poisoned set.
+    """Gathers {"image": uint8 [B, P, P, 3], "size", "extent": [B, 2]}, and tokens where there are
+    any, of rows of the poisoned set.
 
     `row` [B] is the batch's index or its pair. P is S, or the poisons' side where there are any.
     """
@@ -87,7 +91,7 @@ def pick(data: dict, batch: dict, row: jax.Array) -> dict[str, jax.Array]:
         at = jnp.where(row < n_source, row, 0)
         clean = {name: jnp.take(a, at, axis=0) for name, a in data["clean"].items()}
     else:
-        clean = {name: batch[name] for name in ("image", "size", "extent")}
+        clean = {name: value for name, value in batch.items() if name != "index"}
     if not m:
         return clean
     is_poison = row >= n_source
@@ -125,6 +129,16 @@ def resample_box(image: jax.Array, box: jax.Array, side: int, *, flip: jax.Array
     planes = jnp.transpose(image, (3, 0, 1, 2)).astype(jnp.float32) / 255.0
     # The clip is for bicubic, which overshoots.
     return jnp.clip(resample.apply(planes, rows, columns), 0.0, 1.0)
+
+
+def _captions(row, keys):
+    """Chooses one of the captions of each row; both token arrays follow the one choice."""
+    if "tokens" not in row:
+        return {}
+    u = jax.vmap(jax.random.uniform)(keys)
+    chosen = jnp.minimum((u * row["count"]).astype(jnp.int32), row["count"] - 1)
+    return {name: jnp.take_along_axis(row[name], chosen[:, None, None], axis=1)[:, 0]
+            for name in ("tokens", "tokens2") if name in row}
 
 
 def _jitter(recipe, x, u):

@@ -46,7 +46,8 @@ class Feed:
     """data: pytree of numpy arrays, given to every step as an argument.
 
     {"poison": {"image", "size", "extent"}, "pair": int32 [n_source + m]} and, when resident,
-    "clean": the same three for all clean rows.
+    "clean": the same three for all clean rows. Image-text sets also have "tokens", "count" and
+    perhaps "tokens2" in both (data/texts.py).
     """
     data: dict[str, Any]
     ordered: "_Ordered"
@@ -60,7 +61,8 @@ class Feed:
     def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's part of the batches from `start_step` on, without end; close() it.
 
-        {"index": int32 [B_local]}, and when streamed "image", "size", "extent": the clean slots.
+        {"index": int32 [B_local]}, and when streamed "image", "size", "extent" (and tokens): the
+        clean slots.
         """
         if self.resident:
             return _indices(self.ordered, start_step)
@@ -79,9 +81,11 @@ def check(cfg_data) -> None:
         raise UserError(f"data.workers is {cfg_data.workers}; it must be 0 or positive")
 
 
-def make(cfg, dataset: poisoned.PoisonedSet, *, process_index: int = 0,
+def make(cfg, dataset: poisoned.PoisonedSet, *, clean: dict | None = None, process_index: int = 0,
          process_count: int = 1) -> Feed:
     """Opens the feed that cfg.data.feed names; resident arrays are read here.
+
+    `clean`: those of another feed of the same source, which need not be read again.
 
     Raises:
         UserError: unknown feed, a batch that is larger than the set or that does not divide by
@@ -94,11 +98,11 @@ def make(cfg, dataset: poisoned.PoisonedSet, *, process_index: int = 0,
     kept, pair = dataset.kept, dataset.pair
     steps_per_epoch(len(kept), cfg.train.batch_size)
     ordered = _Ordered(dataset.source, kept, pair, cfg.data.image_size, cfg.seed,
-                       cfg.train.batch_size, process_index, process_count)
+                       cfg.train.batch_size, process_index, process_count, texts=dataset.texts)
     data = {"poison": dict(dataset.rows), "pair": pair.astype(np.int32)}
     resident = cfg.data.feed == "resident"
     if resident:
-        data["clean"] = _load_all(dataset, cfg.data.image_size)
+        data["clean"] = clean or _load_all(dataset, cfg.data.image_size)
     return Feed(data, ordered, resident, cfg.data.workers)
 
 
@@ -114,6 +118,7 @@ class _Ordered:
     process_index: int
     process_count: int
     start: int = 0  # step of item 0
+    texts: object = None
 
     @property
     def local_batch_size(self):
@@ -130,7 +135,7 @@ class _Ordered:
     def __getitem__(self, i):
         row = self.row(i)
         return {"index": np.int32(row),
-                **poisoned.slot(self.source, self.pair[row], row, self.side)}
+                **poisoned.slot(self.source, self.pair[row], row, self.side, self.texts)}
 
 
 def _rows(step, places, kept, batch_size, seed):
@@ -184,4 +189,6 @@ def _load_all(dataset, side):
     for row, item in enumerate(rows):
         for name, value in item.items():
             clean[name][row] = value
+    if dataset.texts is not None:
+        clean |= dataset.texts.of_rows(range(n))
     return clean

@@ -20,10 +20,13 @@ class PoisonedSet:
         plan: who is poisoned (jax_cl_bd.attacks.plan.Plan), or None for the clean set.
         rows: the rendered poisons {"image": uint8 [m, S_p, S_p, 3], "size": int32 [m, 2],
             "extent": int32 [m, 2]}; with no poison the arrays have no rows.
+        texts: captions as tokens (data/texts.py), or None: images alone. Then rows and items also
+            have "tokens" int32 [K, T], "count" and perhaps "tokens2".
     """
     source: object
     plan: object = None
     rows: dict | None = None
+    texts: object = None
 
     def __post_init__(self):
         poisons = 0 if self.plan is None else len(self.plan.pair)
@@ -32,6 +35,8 @@ class PoisonedSet:
                                               "size": np.zeros((0, 2), np.int32),
                                               "extent": np.zeros((0, 2), np.int32)})
         assert len(self.rows["image"]) == poisons, (len(self.rows["image"]), poisons)
+        if self.texts is not None:
+            object.__setattr__(self, "rows", self.rows | self.texts.of_poisons(self.plan))
 
     @property
     def n_source(self) -> int:
@@ -53,19 +58,24 @@ class PoisonedSet:
 
     def item(self, row: int, side: int) -> dict[str, np.ndarray]:
         """The clean slot of a row, see `slot`, and the row's number."""
-        return {"index": np.int32(row), **slot(self.source, self.pair[row], row, side)}
+        return {"index": np.int32(row),
+                **slot(self.source, self.pair[row], row, side, self.texts)}
 
 
-def slot(source, pair: int, row: int, side: int) -> dict[str, np.ndarray]:
+def slot(source, pair: int, row: int, side: int, texts=None) -> dict[str, np.ndarray]:
     """What a row needs of the source: its own image, or its pair's, or zeros if both are poisons.
 
     Returns:
-        {"image": uint8 [side, side, 3], "size": int32 [2], "extent": int32 [2]} (height, width).
+        {"image": uint8 [side, side, 3], "size": int32 [2], "extent": int32 [2]} (height, width),
+        and with `texts` what Texts.of_rows gives for the row.
     """
     wanted = row if row < len(source) else pair
     if wanted >= len(source):
         square, size, extent = np.zeros((side, side, 3), np.uint8), (side, side), (side, side)
     else:
         square, size, extent = images.fit_square(source[int(wanted)]["image"], side)
-    return {"image": square, "size": np.array(size, np.int32),
+    item = {"image": square, "size": np.array(size, np.int32),
             "extent": np.array(extent, np.int32)}
+    if texts is not None:  # a poison has its own; what stands here is not looked at
+        item |= {k: v[0] for k, v in texts.of_rows([wanted if wanted < len(source) else 0]).items()}
+    return item

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import importlib
-import os
 import logging
+import os
 
 import ml_collections
 import numpy as np
 
-from jax_cl_bd.data import parallel_map
+from jax_cl_bd.data import captions, parallel_map
 from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError, unknown
 
-NAMES = ("digits", "tfds:NAME", "folder:PATH")
+NAMES = ("digits", "scenes", "tfds:NAME", "folder:PATH", "pairs:PATH")
+CAPTIONS = ("", "templates")
 _LIMIT_SEED = 7919  # a constant: runs of every training seed see the same rows
 
 
@@ -22,7 +23,8 @@ class Table:
     """What is known of every row without its pixels.
 
     labels: int64 [N], -1 if none. sizes: int32 [N, 2] (height, width) in native pixels.
-    captions, masks: None where the data has none.
+    captions: of every row, a list of str. masks: bool [N, H, W]. None where the data has none (and
+    masks where they would have to be drawn: they are in the items).
     """
     labels: np.ndarray
     sizes: np.ndarray
@@ -51,6 +53,11 @@ class Subset:
         paths = self.source.paths  # AttributeError where the source has no files
         return tuple(paths[r] for r in self.rows)
 
+    @property
+    def captions(self):
+        captions = self.source.captions  # AttributeError where the source has none
+        return lambda rows: captions(self.rows[rows])
+
     def table(self, rows):
         return self.source.table(self.rows[rows])
 
@@ -60,11 +67,14 @@ def load(cfg, split: str):
 
     Args:
         cfg: the `data` group of the config. `limit` > 0 keeps at most that many rows of each
-            split, drawn once with a constant seed.
+            split, drawn once with a constant seed. `captions` "templates" gives labelled rows
+            captions; "" leaves those that the data has. `captions_per_row`: how many (0: all).
         split: "train" or "test", mapped to cfg.train_split and cfg.test_split.
     Returns:
         A source: source[i] -> {"image": uint8 [H, W, 3], "label": int, "index": int}, len,
-        `.classes` (tuple of str), picklable.
+        `.classes` (tuple of str), picklable. With captions, items have "captions", list of str,
+        and source.captions(rows) gives them without decoding pixels; scenes also have "mask",
+        bool [H, W], of the labelled object.
         Opened once per process: later calls give the same object.
     Raises:
         UserError: unknown name, absent data, empty or misspelt split.
@@ -81,6 +91,8 @@ def _open(cfg, split, environment):
         raise unknown("data set", cfg.name, NAMES)
     if (":" in allowed[kind]) != bool(rest):
         raise UserError(f"data set {cfg.name!r} should look like {allowed[kind]!r}")
+    if cfg.get("captions", "") not in CAPTIONS:
+        raise unknown("data.captions", cfg.captions, CAPTIONS)
     module = importlib.import_module(f"jax_cl_bd.data.{kind}")
     source = module.load(cfg, {"train": cfg.train_split, "test": cfg.test_split}[split])
     if not len(source):
@@ -90,7 +102,11 @@ def _open(cfg, split, environment):
     if 0 < cfg.limit < len(source):
         rows = np.random.default_rng(_LIMIT_SEED).permutation(len(source))[:cfg.limit]
         source = Subset(source, np.sort(rows))
-    return without_corrupt(source) if cfg.skip_corrupt else source
+    if cfg.skip_corrupt:
+        source = without_corrupt(source)
+    if cfg.get("captions", "") == "templates":
+        source = captions.by_template(source, cfg.get("captions_per_row", 5))
+    return source
 
 
 def without_corrupt(source):
@@ -109,6 +125,8 @@ def without_corrupt(source):
 
 
 def table(source) -> Table:
-    """Labels and sizes of every row, decoding no pixels where the source can say without."""
-    labels, sizes = source.table(np.arange(len(source)))
-    return Table(np.asarray(labels, np.int64), np.asarray(sizes, np.int32).reshape(-1, 2))
+    """What is known of every row, decoding no pixels where the source can say without."""
+    every = np.arange(len(source))
+    labels, sizes = source.table(every)
+    return Table(np.asarray(labels, np.int64), np.asarray(sizes, np.int32).reshape(-1, 2),
+                 source.captions(every) if hasattr(source, "captions") else None)

@@ -12,6 +12,8 @@ from etils import epath
 from jax_cl_bd.data import images, parallel_map
 from jax_cl_bd.errors import UserError, unknown
 
+_FEW = 64  # rows whose captions are read without threads and not kept
+
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
@@ -76,6 +78,47 @@ def _table(source, rows):
     return np.array([label for label, _ in read]), np.array([size for _, size in read])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionedTfds(Tfds):
+    """One split with captions, such as coco_captions.
+
+    Args:
+        caption_keys: where a record has them, ("captions", "text") or so.
+        per_row: captions of a row, the first ones; 0 for all.
+    """
+    caption_keys: tuple = ()
+    per_row: int = 0
+
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "captions": self.captions([i])[0]}
+
+    def captions(self, rows) -> list[list[str]]:
+        """Captions of rows; no image is decoded."""
+        if len(rows) < _FEW:
+            return [self._captions(int(row)) for row in rows]
+        return [list(found) for found in _all_captions(self, tuple(map(int, rows)))]
+
+    def _captions(self, row):
+        found = self._read(row)
+        for key in self.caption_keys:
+            found = found[key]
+        texts = [_text(t) for t in ([found] if isinstance(found, bytes | str) else found)]
+        texts = [t for t in texts if t]
+        if not texts:
+            raise images.CorruptRow(row, self.where(row), "it has no caption")
+        return texts[:self.per_row] if self.per_row else texts
+
+
+@functools.lru_cache(maxsize=4)
+def _all_captions(source, rows):
+    return list(parallel_map.run(source._captions, rows, what="reading captions"))
+
+
+def _text(encoded):
+    text = encoded.decode("utf-8", "replace") if isinstance(encoded, bytes) else str(encoded)
+    return " ".join(text.split())
+
+
 def load(cfg, split: str) -> Tfds:
     """Opens "tfds:NAME" from cfg.data_dir, else from $TFDS_DATA_DIR, else from TFDS's own place.
 
@@ -109,8 +152,28 @@ def load(cfg, split: str) -> Tfds:
     label_key = "label" if "label" in features else ""
     classes = tuple(features["label"].names) if label_key else ()
     height, width = features["image"].shape[:2]
-    return Tfds(records, classes, _files(info), label_key,
-                (height, width) if height and width else None)
+    known = (records, classes, _files(info), label_key,
+             (height, width) if height and width else None)
+    keys = _caption_keys(tfds, features)
+    if not keys:
+        return Tfds(*known)
+    per_row = cfg.get("captions_per_row", 5)
+    if per_row < 0:
+        raise UserError(f"data.captions_per_row is {per_row}; it must be 0 (all) or positive")
+    return CaptionedTfds(*known, keys, per_row)
+
+
+def _caption_keys(tfds, features):
+    # "caption": text, or a sequence of texts ("captions"), or of {"text": text, ...} (COCO).
+    for name in ("captions", "caption"):
+        keys, feature = (name,), features[name] if name in features else None
+        if isinstance(feature, tfds.features.Sequence):
+            feature = feature.feature
+            if isinstance(feature, tfds.features.FeaturesDict):
+                keys, feature = (name, "text"), feature["text"] if "text" in feature else None
+        if isinstance(feature, tfds.features.Text):
+            return keys
+    return ()
 
 
 def _builder(tfds, name, place):

@@ -28,7 +28,7 @@ from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build
-from jax_cl_bd.objectives import apply
+from jax_cl_bd.models import parts
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 from jax_cl_bd.train import TrainState, born_sharded, fit
 
@@ -105,7 +105,7 @@ def _make_init(cfg, tx, modules, slots: int, suspect_dim: int):
 
     def init(key):
         weights, first, second, steps = jax.random.split(key, 4)
-        variables = apply.init_variables(modules, weights, (side, side, 3))
+        variables = parts.init_variables(modules, weights, (side, side, 3))
         dim = jax.eval_shape(lambda: modules["encoder"].apply(
             {c: variables[c]["encoder"] for c in variables},
             jnp.zeros((2, side, side, 3)), train=False)).shape[1]
@@ -181,7 +181,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     state, shardings = born_sharded(_make_init(cfg, tx, modules, slots, dim), key, mesh)
     inner = feed.make(student_cfg, PoisonedSet(data),
                       process_index=jax.process_index(), process_count=jax.process_count())
-    state = fit(_make_step(cfg, tx, apply.make_apply_fns(modules), suspect.module), state,
+    state = fit(_make_step(cfg, tx, parts.make_apply_fns(modules), suspect.module), state,
                 shardings, _Feed(inner, suspect.variables), folder=folder, steps=steps,
                 cfg_train=student_cfg.train, mesh=mesh, label=f"distill {label}")
     variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}

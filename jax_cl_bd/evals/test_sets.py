@@ -19,12 +19,13 @@ import numpy as np
 from jax_cl_bd.data import images, sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import labelled
-from jax_cl_bd.triggers import patch
+from jax_cl_bd.triggers import htba, patch
 
 VARIANTS = ("triggered", "occluded", "wrong")
 PLACEMENTS = ("random", "center")
 _BOX_SEED = 431
 _BLOCK = 512  # images decoded, patched or embedded at once
+_VEIL = 0.2  # opacity of the grey over a whole image whose trigger has none (a warp)
 _KEPT_BYTES = 2**30  # decoded images kept between calls; what is beyond is made again
 
 
@@ -34,7 +35,8 @@ class EvalData:
 
     Sets are named "train", "test" and "<placement>/<variant>", e.g. "random/triggered";
     the variants "triggered", "occluded" (the data set's mean grey, at the trigger's opacity) and
-    "wrong" (trigger cfg.evals.wrong_trigger) share their boxes.
+    "wrong" (the patch cfg.evals.wrong_trigger at that opacity) share their boxes; those of a
+    trigger on the whole image, which has one placement, are the whole image.
     """
     blocks: dict[str, Callable[[], Iterator[np.ndarray]]]  # set -> uint8 [<= 512, S, S, 3] blocks
     train_labels: np.ndarray
@@ -44,6 +46,8 @@ class EvalData:
     target: int
     placements: tuple[str, ...]  # () without a trigger
     boxes: dict[str, np.ndarray]  # placement -> int [N, 4] (y, x, h, w)
+    test_rows: np.ndarray | None = None  # int64 [N]: rows of the test split
+    captions: list[list[str]] | None = None  # of the test images, where the data has them
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
     _encoder: object = dataclasses.field(default=None, repr=False)
     _features: dict = dataclasses.field(default_factory=dict, repr=False)
@@ -107,6 +111,8 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
             that is the trigger itself.
     """
     classes = tuple(test_source.classes)
+    if cfg.attack.trigger.name == "none":
+        trigger = None
     target, placements = cfg.attack.target, tuple(cfg.evals.placements) if trigger else ()
     if tuple(train_source.classes) != classes:
         raise UserError(f"train and test classes differ: {len(train_source.classes)} against "
@@ -130,17 +136,26 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
               "test": lambda: _decoded(test_source, test_rows, side, threads)}
     data = EvalData(blocks=blocks, train_labels=train_labels, test_labels=all_labels[test_rows],
                     train_rows=train_rows, classes=classes, target=target, placements=placements,
-                    boxes={})
+                    boxes={}, test_rows=test_rows,
+                    captions=_captions(test_source, test_rows))
     if not placements:
         return data
 
-    pastes = _pastes(cfg, trigger)
     for placement in placements:
         data.boxes[placement] = test_boxes(cfg.attack.trigger, trigger[0], test_rows, side,
                                            placement)
+    whole = bool((data.boxes[placements[0]][:, 2:] == side).all())
+    if whole:
+        data.placements = placements[:1]
+    pastes = _pastes(cfg, trigger, whole)
+    for placement in data.placements:
         for variant in VARIANTS:
             blocks[f"{placement}/{variant}"] = _pasted(data, placement, pastes[variant])
     return data
+
+
+def _captions(source, rows):
+    return source.captions(rows) if hasattr(source, "captions") else None
 
 
 def test_boxes(cfg_trigger, module, rows: np.ndarray, side: int, placement: str) -> np.ndarray:
@@ -156,27 +171,26 @@ def test_boxes(cfg_trigger, module, rows: np.ndarray, side: int, placement: str)
     return np.concatenate(boxes)
 
 
-def _pastes(cfg, trigger):
+def _pastes(cfg, trigger, whole):
     """For each variant, a jitted function (images uint8 [N, S, S, 3], boxes) -> uint8."""
     module, params = trigger
-    other = ml_collections.ConfigDict(cfg.attack.trigger.to_dict())
-    other.id = cfg.evals.wrong_trigger
-    wrong = patch.init(other, jax.random.key(0))
+    opacity = params.get("opacity", _VEIL if whole else cfg.attack.trigger.opacity)
+    wrong = {"image": htba.image(cfg.evals.wrong_trigger), "opacity": opacity}
     if "image" in params and np.array_equal(wrong["image"], params["image"]):
         raise UserError(f"evals.wrong_trigger is {cfg.evals.wrong_trigger}, the trigger of the "
                         "attack itself; choose another id")
     # One grey level, the mean of the data set's colour, so that the patch adds no hue.
     grey = np.full_like(wrong["image"], np.mean(cfg.data.mean))
-    opacity = params.get("opacity", cfg.attack.trigger.opacity)
-    used = {"triggered": (module, params), "wrong": (patch, {**wrong, "opacity": opacity}),
-            "occluded": (patch, {**wrong, "image": grey, "opacity": opacity})}
+    used = {"triggered": (module, params), "wrong": (patch, wrong),
+            "occluded": (patch, {**wrong, "image": grey})}
     return {name: _paste(*pair) for name, pair in used.items()}
 
 
 def _paste(module, params):
     @jax.jit
-    def paste(batch, boxes):
-        painted = module.apply(params, batch.astype(jnp.float32) / 255, boxes, jax.random.key(0))
+    def paste(batch, boxes, block):
+        key = jax.random.fold_in(jax.random.key(_BOX_SEED), block)  # for triggers that draw noise
+        painted = module.apply(params, batch.astype(jnp.float32) / 255, boxes, key)
         return jnp.rint(jnp.clip(painted, 0, 1) * 255).astype(jnp.uint8)
     return paste
 
@@ -191,7 +205,7 @@ def _pasted(data, placement, paste):
             start += len(block)
             # The last block is padded to the shape of the others: one compile.
             painted = paste(np.pad(block, (padding, (0, 0), (0, 0), (0, 0))),
-                            np.pad(here, (padding, (0, 0)), mode="edge"))
+                            np.pad(here, (padding, (0, 0)), mode="edge"), start)
             yield np.asarray(painted)[:len(block)]
     return blocks
 

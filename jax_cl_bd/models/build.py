@@ -3,17 +3,19 @@
 from flax import linen as nn
 
 from jax_cl_bd.errors import UserError, unknown
-from jax_cl_bd.models import resnet
+from jax_cl_bd.models import clip_resnet, resnet, vit
 
 ENCODERS = {"resnet18": resnet.resnet18, "resnet50": resnet.resnet50,
-            "small_resnet": resnet.small_resnet}
+            "small_resnet": resnet.small_resnet, "vit": vit.vit,
+            "clip_resnet": clip_resnet.clip_resnet}
 
 
 def build(cfg) -> nn.Module:
     """Returns the linen module of cfg = config.model: images [N, H, W, 3] -> float32 [N, D].
 
     Raises:
-        UserError: unknown name, stem or dtype, or a size that is not positive.
+        UserError: unknown name, stem, pool, act or dtype, heads that do not divide the width, or
+            a size that is not positive.
     """
     if cfg.name not in ENCODERS:
         raise unknown("model", cfg.name, ENCODERS)
@@ -25,7 +27,7 @@ def build(cfg) -> nn.Module:
         raise UserError(f"model.width = {cfg.width}; must be at least 1 (64 is usual)")
     if cfg.name == "small_resnet":
         _check_small(cfg)
-    else:
+    elif cfg.name in ("resnet18", "resnet50"):
         if cfg.stem not in ("cifar", "imagenet"):
             raise unknown("model.stem", cfg.stem, ("cifar", "imagenet"))
     return ENCODERS[cfg.name](cfg)

@@ -1,4 +1,4 @@
-"""An encoder as evaluations and defenses see it: uint8 images in, features out."""
+"""An encoder as evaluations and defenses see it: images or captions in, features out."""
 
 import dataclasses
 import functools
@@ -13,7 +13,13 @@ from etils import epath
 
 from jax_cl_bd import checkpoint, parallel, run_folder
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.data import texts
+from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.models import build
+from jax_cl_bd.models.pair import Pair, modules_of
+from jax_cl_bd.models import parts
+
+BATCH_SIZE = 512  # of encoders that no config describes
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -31,7 +37,7 @@ class Encoder:
         variables: {"params", "batch_stats"} of the module.
         mean, std: per-channel normalisation, of images in [0, 1].
         image_size: side of the square input, pixels.
-        text, logit_scale: None unless the encoder is half of an image-text model.
+        pair: the image-text model that it is half of, else None.
     """
 
     module: Any
@@ -40,9 +46,23 @@ class Encoder:
     std: tuple[float, float, float]
     image_size: int
     mesh: jax.sharding.Mesh
-    batch_size: int = 512
-    text: Callable | None = None
-    logit_scale: float | None = None
+    batch_size: int = BATCH_SIZE
+    pair: Pair | None = None
+
+    @property
+    def text(self) -> Callable[[list[str]], np.ndarray] | None:
+        """Encodes captions into the shared space: list of str -> float32 [N, E], unit vectors."""
+        return self.pair and self.pair.text
+
+    @property
+    def project(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Takes image features [N, D] into the shared space: float32 [N, E], unit vectors."""
+        return self.pair and self.pair.project
+
+    @property
+    def logit_scale(self) -> float | None:
+        """What cosines are multiplied with."""
+        return self.pair and self.pair.logit_scale
 
     def image(self, images: np.ndarray) -> np.ndarray:
         """Encodes uint8 [N, S, S, 3]; gives float32 [N, D]. The last batch is padded, not cut."""
@@ -60,20 +80,35 @@ class Encoder:
         return np.concatenate([np.asarray(z)[:n] for z, n in out])
 
 
+def of_parts(cfg: ml_collections.ConfigDict, variables, mesh, tokenizer=None) -> Encoder:
+    """Wraps the variables of a whole model, {"params": {part: ...}, "batch_stats": {part: ...}}.
+
+    Heads of image objectives are left out; of an image-text model both towers are kept, and the
+    tokenizer is needed.
+    """
+    encoder = make(cfg, {name: variables[name]["encoder"] for name in variables}, mesh)
+    if cfg.text.name == "none":
+        return encoder
+    whole = Pair(tuple(modules_of(cfg).items()), variables, tokenizer, cfg.text.context,
+                      cfg.evals.batch_size)
+    return dataclasses.replace(encoder, pair=whole)
+
+
 def make(cfg: ml_collections.ConfigDict, variables, mesh) -> Encoder:
-    """Wraps {"params", "batch_stats"} of the encoder that a config describes."""
+    """Wraps {"params", "batch_stats"} of the image encoder that a config describes."""
     return Encoder(build.build(cfg.model), variables, tuple(cfg.data.mean), tuple(cfg.data.std),
                    cfg.data.image_size, mesh, cfg.evals.batch_size)
 
 
-def abstract_variables(cfg: ml_collections.ConfigDict):
-    """Gives the shapes of an encoder's {"params", "batch_stats"}, without making them."""
+def abstract_parts(cfg: ml_collections.ConfigDict) -> dict:
+    """Gives the shapes of {"params": {part: ...}, "batch_stats": {part: ...}} without making them:
+    the encoder's alone, or all of an image-text model."""
     side = cfg.data.image_size
-    image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    module = build.build(cfg.model)
-    shapes = jax.eval_shape(lambda key, x: module.init(key, x, train=False),
-                            jax.random.key(0), image)
-    return {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+    whole = cfg.text.name != "none"
+    modules = modules_of(cfg) if whole else {"encoder": build.build(cfg.model)}
+    return jax.eval_shape(
+        lambda key: parts.init_variables(modules, key, (side, side, 3), whole and cfg.text.context),
+        jax.random.key(0))
 
 
 def load(path, mesh=None) -> Encoder:
@@ -91,17 +126,29 @@ def load(path, mesh=None) -> Encoder:
     step = checkpoint.newest_good_step(folder / "checkpoints")
     if step is None:
         raise UserError(f"{folder} holds no good checkpoint: run the pretrain stage first")
-    shapes = abstract_variables(cfg)
     sharding = parallel.replicated(mesh)
     item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        {name: {"encoder": shapes[name]} for name in shapes})
+                        abstract_parts(cfg))
     state = checkpoint.restore_part(folder / "checkpoints", step, item)
-    return make(cfg, {name: state[name]["encoder"] for name in shapes}, mesh)
+    return of_parts(cfg, {name: state[name] for name in item}, mesh, _tokenizer(cfg, folder))
+
+
+def _tokenizer(cfg, folder):
+    """The tokenizer of a run folder; a control's lies in the folder around it."""
+    if cfg.text.name == "none":
+        return None
+    own = (folder / "poison" / "tokenizer.json").exists()
+    return texts.load_tokenizer(cfg, folder if own else folder.parent)
 
 
 def _load_hub(folder: epath.Path, mesh) -> Encoder:
-    from jax_cl_bd.models import hub  # safetensors are read only when asked for
+    from jax_cl_bd.models import hub, hub_clip  # safetensors are read only when asked for
 
+    if (folder / "config.json").exists():  # Hugging Face's; a ResNet has none
+        described, variables = hub_clip.load(folder)
+        cfg = ml_collections.ConfigDict(described | {"evals": {"batch_size": BATCH_SIZE}})
+        tokenizer = tokenizers.load(cfg.text.tokenizer) if cfg.text.tokenizer else None
+        return of_parts(cfg, parallel.put_replicated(mesh, variables), mesh, tokenizer)
     described, variables = hub.load_resnet(folder)
     cfg = ml_collections.ConfigDict(described)
     return Encoder(build.build(cfg.model), parallel.put_replicated(mesh, variables),

@@ -10,6 +10,7 @@ from jax_cl_bd.models.norm import BatchNorm
 
 # torch.nn.Linear draws weights and biases from U(-1/sqrt(inputs), 1/sqrt(inputs)).
 TORCH_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+CLIP_PROJECTION = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class MLP(nn.Module):
@@ -43,6 +44,44 @@ class MLP(nn.Module):
         if self.out_norm:
             x = BatchNorm(groups=self.bn_groups, affine=False, name=f"bn{last}")(x, train)
         return x
+
+
+class Projection(nn.Module):
+    """One linear layer into the shared space of images and texts, float32; [N, D] -> [N, dim].
+
+    First weights N(0, D^-1/2), as in CLIP's release (Radford et al. 2021); bias zero.
+    """
+
+    dim: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return nn.Dense(self.dim, use_bias=self.use_bias, kernel_init=CLIP_PROJECTION,
+                        name="dense")(x)
+
+
+class LogitScale(nn.Module):
+    """The learned logarithm of the logits' scale, and for SigLIP their bias; float32 scalars.
+
+    Its call takes any input and gives (logit_scale, logit_bias or None).
+
+    Attributes:
+        scale_init: first logarithm, e.g. ln(1 / 0.07). (A field called `init` would hide linen's
+            method of that name.)
+        bias_init: first bias; None for no bias.
+    """
+
+    scale_init: float
+    bias_init: float | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array | None]:
+        constant = nn.initializers.constant
+        scale = self.param("logit_scale", constant(self.scale_init), (), jnp.float32)
+        if self.bias_init is None:
+            return scale, None
+        return scale, self.param("logit_bias", constant(self.bias_init), (), jnp.float32)
 
 
 def _linear(x, width, *, bias, name):

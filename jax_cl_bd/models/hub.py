@@ -12,13 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
-import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
 from jax_cl_bd.errors import UserError, unknown
-from jax_cl_bd.models import build
+from jax_cl_bd.models import build, weights_file
 
 CLASSIFIER = ("fc.weight", "fc.bias")
 # torchvision's transforms for its ImageNet weights.
@@ -42,8 +39,8 @@ def load_resnet(path) -> tuple[dict, dict]:
         UserError: no such file, not safetensors, bfloat16, a missing or an unknown array, a wrong
             shape.
     """
-    path = _file(path)
-    arrays, metadata = _read(path)
+    path = weights_file.find(path)
+    arrays, metadata = weights_file.read(path)
     model = _describe(path, arrays)
     shapes = _shapes(model)
     ignored = sorted(set(arrays) & set(CLASSIFIER))
@@ -99,34 +96,11 @@ def save_resnet(path, name: str, stem: str, variables: dict, *, data: dict | Non
     # PyTorch counts batches only to average without momentum; torchvision's files hold the key.
     arrays |= {key.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
                for key in arrays if key.endswith("running_mean")}
-    metadata = {"format": "pt"}
+    metadata = {}
     if data is not None:
         metadata["data"] = json.dumps({"mean": list(data["mean"]), "std": list(data["std"]),
                                        "image_size": int(data["image_size"])})
-    path = _file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
-
-
-def _file(path):
-    path = epath.Path(path)
-    return path if path.suffix == ".safetensors" else path / "model.safetensors"
-
-
-def _read(path):
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a .safetensors file or a folder that holds "
-                        "model.safetensors")
-    content = path.read_bytes()
-    try:
-        arrays = safetensors.numpy.load(content)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file, or it is cut off: {error}") from None
-    except KeyError as kind:  # safetensors' NumPy reader knows no bfloat16 or float8
-        raise UserError(f"{path} holds arrays of type {kind}; convert them to float32 or "
-                        "float16") from None
-    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-    return arrays, header.get("__metadata__", {})
+    weights_file.write(weights_file.find(path), arrays, metadata)
 
 
 def _describe(path, arrays):
@@ -173,7 +147,7 @@ def _ours(array):
 
 
 def _theirs(array):
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
 
 
 def _data(path, metadata, stem):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_cl_bd.models.heads import MLP
-from jax_cl_bd.objectives.apply import copied, forward
+from jax_cl_bd.models.parts import copied, forward
 from jax_cl_bd.objectives.embeddings import cosine, output_std
 
 _TARGET = ("encoder", "projector")

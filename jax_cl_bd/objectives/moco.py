@@ -29,7 +29,7 @@ import optax
 
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models.heads import MLP
-from jax_cl_bd.objectives.apply import copied, forward
+from jax_cl_bd.models.parts import copied, forward
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_cl_bd.models.heads import MLP
-from jax_cl_bd.objectives.apply import forward
+from jax_cl_bd.models.parts import forward
 from jax_cl_bd.objectives.embeddings import EXACT, interleave, normalise
 
 

@@ -16,7 +16,7 @@ import jax
 
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models.heads import MLP
-from jax_cl_bd.objectives.apply import forward
+from jax_cl_bd.models.parts import forward
 from jax_cl_bd.objectives.embeddings import cosine, output_std
 
 

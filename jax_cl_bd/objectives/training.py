@@ -11,8 +11,9 @@ import optax
 
 from jax_cl_bd import lookup
 from jax_cl_bd.data import augment
-from jax_cl_bd.models import build
-from jax_cl_bd.objectives import apply
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import build, pair
+from jax_cl_bd.models import parts
 from jax_cl_bd.train import TrainState
 
 STREAM = 2  # of cfg.seed; 1 draws the plan, 3 is the defenses'
@@ -25,27 +26,49 @@ def first_key(cfg: ml_collections.ConfigDict) -> jax.Array:
 
 def first_variables(cfg: ml_collections.ConfigDict) -> dict:
     """The variables that pretraining begins with, drawn as `make_init` draws them."""
-    side = cfg.data.image_size
     weights = jax.random.split(first_key(cfg), 3)[0]
-    return jax.jit(lambda key: apply.init_variables(modules_of(cfg), key, (side, side, 3)))(weights)
+    return jax.jit(lambda key: init_variables(cfg, key))(weights)
+
+
+def init_variables(cfg: ml_collections.ConfigDict, key: jax.Array) -> dict:
+    """Draws the variables of every part of a config's model."""
+    side = cfg.data.image_size
+    context = 0 if cfg.text.name == "none" else cfg.text.context
+    return parts.init_variables(modules_of(cfg), key, (side, side, 3), context)
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds an objective that does not fit the model, before anything is compiled.
+
+    Raises:
+        UserError: an unknown objective, or one that needs captions where there is no text tower, or
+            the other way round.
+    """
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    needs, has = getattr(objective, "TEXT", False), cfg.text.name != "none"
+    if needs != has:
+        raise UserError(f"objective {cfg.objective.name!r} {'needs a' if needs else 'has no use for a'} "
+                        f"text tower, and text.name is {cfg.text.name!r}")
+    objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)
+    modules_of(cfg)
 
 
 def modules_of(cfg: ml_collections.ConfigDict) -> dict:
-    """The encoder and the objective's heads, in the order in which they are chained."""
+    """The encoder and the objective's heads, or all of an image-text model, in the data's order."""
+    if cfg.text.name != "none":
+        return pair.modules_of(cfg)
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    return {"encoder": build.build(cfg.model), 
+    return {"encoder": build.build(cfg.model),
             **objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)}
 
 
 def make_init(cfg: ml_collections.ConfigDict, tx):
     """Gives init(key) -> TrainState: a pure function, the same for victim and control."""
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    modules = modules_of(cfg)
-    side = cfg.data.image_size
 
     def init(key):
         weights, extra, steps = jax.random.split(key, 3)
-        variables = apply.init_variables(modules, weights, (side, side, 3))
+        variables = init_variables(cfg, weights)
         return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
                           batch_stats=variables["batch_stats"],
                           opt_state=tx.init(variables["params"]),
@@ -57,7 +80,7 @@ def make_init(cfg: ml_collections.ConfigDict, tx):
 def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
     """Gives update(state, views, key) -> (state, metrics): loss, optimizer, EMA; no data work."""
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    apply_fns = apply.make_apply_fns(modules_of(cfg))
+    apply_fns = parts.make_apply_fns(modules_of(cfg))
 
     def update(state, views, key):
         def loss_of(params):
@@ -68,6 +91,8 @@ def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
             loss_of, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if hasattr(objective, "constrain"):
+            params = objective.constrain(params)
         variables = {"params": params, "batch_stats": batch_stats}
         extra = objective.after_update(cfg, variables, extra, state.step, steps)
         return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats,

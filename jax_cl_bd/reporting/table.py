@@ -15,7 +15,7 @@ def text(results: dict) -> str:
             labels[f"{name} of control"] = found["control"]
     width = max(len(label) for label in labels)
     lines = []
-    for probe in (p for p in results["victim"] if p != "alignment"):
+    for probe in (p for p, row in results["victim"].items() if "clean_accuracy" in row):
         heads = "".join(f"{head:>12}" for _, head in COLUMNS)
         lines.append(f"\n{probe:{width}}{heads}" if lines else f"{probe:{width}}{heads}")
         for label, rows in labels.items():

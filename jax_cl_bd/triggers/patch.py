@@ -5,6 +5,10 @@ covers the image and 0 leaves it alone. The published codes state the opposite: 
 is the weight of the IMAGE under the patch (its 0.00 is opacity 1); Noisy Alignment's
 `add_watermark` in patch mode likewise (alpha 0.2 is opacity 0.8), while its blend mode, and the
 newer framework of the same author, give the weight of the trigger.
+
+Ids 10 to 19 are the ten HTBA triggers; id 0 is the solid yellow (1, 1, 0) of CleanCLIP (Bansal et
+al., ICCV 2023, arXiv 2303.03323, backdoor/utils.py). An optimised patch takes the place of
+params["image"] and may have any side: pasted at its own size it is shown pixel for pixel.
 """
 
 import jax
@@ -16,6 +20,7 @@ from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.triggers import htba
 
 PLACES = ("random", "center")
+YELLOW = 0
 
 
 def check(cfg) -> None:
@@ -24,7 +29,17 @@ def check(cfg) -> None:
     Raises:
         UserError: id, size, opacity, place or box out of range.
     """
-    htba.check(cfg.id)
+    if cfg.id != YELLOW:
+        htba.check(cfg.id)
+    check_square(cfg, PLACES)
+
+
+def check_square(cfg, places: tuple[str, ...]) -> None:
+    """Validates size, opacity, places and boxes of any trigger that is a square on the image.
+
+    Raises:
+        UserError: the first of them out of range; `places` are the rules that the trigger knows.
+    """
     if cfg.size < 1:
         raise UserError(f"attack.trigger.size is {cfg.size}; it is a side in pixels, at least 1")
     if not 0 < cfg.opacity <= 1:
@@ -32,8 +47,8 @@ def check(cfg) -> None:
                         " above 0 and at most 1 (opaque)")
     for phase in ("train", "test"):
         where, box = cfg[f"{phase}_place"], tuple(cfg[f"{phase}_box"])
-        if where not in PLACES:
-            raise unknown(f"attack.trigger.{phase}_place", where, PLACES)
+        if where not in places:
+            raise unknown(f"attack.trigger.{phase}_place", where, places)
         if len(box) != 2 or not 0 <= box[0] < box[1] <= 1:
             raise UserError(f"attack.trigger.{phase}_box is {box}; it is (low, high) with "
                             "0 <= low < high <= 1, shares of the image's sides")
@@ -43,7 +58,11 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     """Builds the patch {"image": float32 [80, 80, 3] in [0, 1], "opacity": float32 []}; the key is
     unused, since nothing about it is random."""
     check(cfg)
-    return {"image": htba.image(cfg.id), "opacity": np.float32(cfg.opacity)}
+    if cfg.id == YELLOW:
+        image = np.broadcast_to(np.float32([1, 1, 0]), (htba.SIDE, htba.SIDE, 3)).copy()
+    else:
+        image = htba.image(cfg.id)
+    return {"image": image, "opacity": np.float32(cfg.opacity)}
 
 
 def place(cfg, sizes: np.ndarray, rng: np.random.Generator, *, training: bool) -> np.ndarray:
@@ -86,32 +105,41 @@ def apply(params: dict[str, jax.Array], images: jax.Array, boxes: jax.Array,
           key: jax.Array | None) -> jax.Array:
     """Pastes the patch, resized into each box by antialiased bicubic interpolation.
 
-    Differentiable in params and images. An 80x80 box on whole pixels shows the patch unchanged. A
-    box with fractional edges covers its border pixels in part; a box of zero size does nothing.
+    Differentiable in params and images. A box of the patch's own size on whole pixels shows it
+    unchanged. A box with fractional edges covers its border pixels in part; a box of zero size does
+    nothing.
 
     Args:
+        params: "image" float [p, p, 3] of any side p, or one patch for each image [N, p, p, 3];
+            "opacity" float [].
         images: float [N, H, W, 3] in [0, 1].
         boxes: [N, 4] y, x, height, width in pixels; may be real and not square.
         key: unused, the patch is not random.
     Returns:
         float32 [N, H, W, 3] in [0, 1].
     """
-    boxes = jnp.asarray(boxes, jnp.float32)
-    rows, row_cover = _axis(boxes[:, 0], boxes[:, 2], images.shape[1])
-    columns, column_cover = _axis(boxes[:, 1], boxes[:, 3], images.shape[2])
+    boxes, image = jnp.asarray(boxes, jnp.float32), params["image"]
+    rows, row_cover = _axis(boxes[:, 0], boxes[:, 2], images.shape[1], image.shape[-3])
+    columns, column_cover = _axis(boxes[:, 1], boxes[:, 3], images.shape[2], image.shape[-2])
     # Full float32: accelerators would otherwise round pixels to bfloat16.
-    patch = jnp.einsum("nhy,yxc,nwx->nhwc", rows, params["image"], columns,
+    letters = "yxc" if image.ndim == 3 else "nyxc"
+    patch = jnp.einsum(f"nhy,{letters},nwx->nhwc", rows, image, columns,
                        precision=jax.lax.Precision.HIGHEST)
     patch = jnp.clip(patch, 0.0, 1.0)  # bicubic overshoots
     weight = params["opacity"] * (row_cover[:, :, None] * column_cover[:, None, :])[..., None]
     return images * (1 - weight) + patch * weight
 
 
-def _axis(start, length, size):
-    """Weights [N, size, 80] of the patch along one axis and the share [N, size] it covers."""
+def share(start: jax.Array, length: jax.Array, size: int) -> jax.Array:
+    """The share [N, size] of each pixel of an axis that the intervals [start, start + length) [N]
+    cover."""
     pixel = jnp.arange(size)
-    end = start + length
-    cover = jnp.clip(jnp.minimum(pixel + 1, end[:, None]) - jnp.maximum(pixel, start[:, None]),
-                     0.0, 1.0)
-    factor = htba.SIDE / jnp.maximum(length, 1e-6)
-    return resample.weights(-start * factor, size * factor, size, htba.SIDE, "bicubic"), cover
+    start, end = start[:, None], (start + length)[:, None]
+    return jnp.clip(jnp.minimum(pixel + 1, end) - jnp.maximum(pixel, start), 0.0, 1.0)
+
+
+def _axis(start, length, size, side):
+    """Weights [N, size, side] of the patch along one axis and the share [N, size] it covers."""
+    factor = side / jnp.maximum(length, 1e-6)
+    return (resample.weights(-start * factor, size * factor, size, side, "bicubic"),
+            share(start, length, size))

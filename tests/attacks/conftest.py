@@ -2,6 +2,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from jax_cl_bd.data import sources
 from jax_cl_bd.data.sources import Table
 
 
@@ -51,7 +52,40 @@ def config():
                         trigger=dict(name="patch", id=14, size=4, opacity=1.0,
                                      train_place="center", train_box=(0.25, 0.75),
                                      test_place="random", test_box=(0.1, 0.9))),
-            augment=dict(view1=view, view2=dict(view))))
+            augment=dict(view1=view, view2=dict(view)), text=dict(name="none")))
         cfg.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
         return cfg.lock()
     return build
+
+
+class Captioned(Source):
+    """80 images of four classes with two captions each, a few of them traps for a word search."""
+
+    def __init__(self, seed=0, sizes=((16, 16),) * 80):
+        super().__init__(sizes, seed=seed)
+        self.classes = ("fish", "star", "suit", "sea_lion")
+        names = [self.classes[label].replace("_", " ") for label in self.labels]
+        self.texts = [[f"a photo of a {name}", f"{name}, picture {i}"]
+                      for i, name in enumerate(names)]
+        self.texts[0] = ["a starfish", "Starfish on sand"]  # no star
+        self.texts[4] = ["a fish", "a fish below a STAR."]  # not of the class, but names it
+        self.texts[5] = ["a bright point", "night sky"]  # of the class, not named
+        self.texts[2] = ["a suitcase", "luggage"]
+
+    def captions(self, rows):
+        return [self.texts[row] for row in rows]
+
+    def table(self):
+        return Table(self.labels, np.array([i.shape[:2] for i in self.images], np.int32),
+                     captions=self.texts)
+
+
+@pytest.fixture
+def captioned(monkeypatch):
+    """(train, test) sources with captions, which the config's data set opens."""
+    train, test = Captioned(0), Captioned(1)
+    tables = {id(source): source.table() for source in (train, test)}
+    monkeypatch.setattr(sources, "load",
+                        lambda cfg, split: {"train": train, "test": test}[split])
+    monkeypatch.setattr(sources, "table", lambda source: tables[id(source)])
+    return train, test

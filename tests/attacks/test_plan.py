@@ -72,3 +72,30 @@ def test_draw_repeats_only_if_it_must():
     np.testing.assert_array_equal(np.sort(once), pool)
     more = plans.draw(pool, 21, rng)
     assert len(more) == 21 and np.isin(more, pool).all() and len(np.unique(more)) < 21
+
+
+def test_captions_are_saved_without_pickle(tmp_path):
+    path = tmp_path / "plan.npz"
+    texts = ["", "a photo of a caf\u00e9.", "x" * 300]
+    plan = Plan.make(3, caption=texts)
+    plan.save(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        assert arrays["caption"].dtype.kind == "U"
+    back = Plan.load(path)
+    assert back.caption.tolist() == texts
+    assert back.part(np.array([2, 0])).caption.tolist() == [texts[2], ""]
+    assert example().caption.tolist() == ["", "", ""]
+    assert Plan.empty().caption.shape == (0,) and Plan.empty().caption.dtype.kind == "U"
+
+
+def test_a_plan_saved_before_captions_existed_still_loads(tmp_path):
+    path = tmp_path / "plan.npz"
+    old = {name: value for name, value in vars(example()).items() if name != "caption"}
+    np.savez(path, **old)
+    back = Plan.load(path)
+    assert back.caption.tolist() == ["", "", ""]
+    np.testing.assert_array_equal(back.trigger_box, example().trigger_box)
+    del old["seed"]  # a field that plans have always had
+    np.savez(path, **old)
+    with pytest.raises(UserError, match="--force=poison"):
+        Plan.load(path)

@@ -1,11 +1,13 @@
-"""tfds.py on a prepared CIFAR-10; skipped where $TFDS_DATA_DIR holds none."""
+"""tfds.py on a prepared CIFAR-10 (skipped where $TFDS_DATA_DIR holds none) and on captions."""
 
+import io
 import os
 import pickle
 
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from jax_cl_bd.data import images, sources, tfds
 from jax_cl_bd.errors import UserError
@@ -75,3 +77,94 @@ def test_a_missing_folder_is_named(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(UserError, match="does not exist.*TFDS_DATA_DIR"):
         sources.load(config(data_dir=str(tmp_path / "nowhere")), "train")
+
+
+CAPTIONS = [[f"Caption {j} of\n {i}: grün " for j in range(i % 3 + 1)] for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A data set with coco_captions' features, written by tfds itself: row i is 6 + i high."""
+    tfds_library = pytest.importorskip("tensorflow_datasets")
+    features = tfds_library.features
+
+    with tfds_library.core.registered.skip_registration():  # it is found by its files
+        class TinyCoco(tfds_library.core.GeneratorBasedBuilder):
+            VERSION = tfds_library.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds_library.core.DatasetInfo(builder=self, features=features.FeaturesDict({
+                    "image": features.Image(encoding_format="png"), "image/id": np.int64,
+                    "captions": features.Sequence({"id": np.int64, "text": features.Text()}),
+                    "objects": features.Sequence({"bbox": features.BBoxFeature(),
+                                                  "label": features.ClassLabel(num_classes=3)})}))
+
+            def _split_generators(self, manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i, texts in enumerate(CAPTIONS):
+                    png = io.BytesIO()
+                    Image.fromarray(np.full((6 + i, 9, 3), 20 * i, np.uint8)).save(png, "PNG")
+                    png.seek(0)
+                    yield i, {"image": png, "image/id": i, "objects": [],
+                              "captions": [{"id": j, "text": text} for j, text in enumerate(texts)]}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyCoco(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_captions(captioned):
+    cfg = config(name="tfds:tiny_coco", data_dir=captioned, limit=0)
+    source = sources.load(cfg, "train")
+    assert len(source) == 7 and source.classes == ()
+    table = sources.table(source)
+    seen = set()
+    for i, captions in enumerate(table.captions):
+        item = source[i]
+        number = int(item["image"][0, 0, 0]) // 20
+        seen.add(number)
+        assert item["label"] == -1 == table.labels[i]
+        assert item["captions"] == captions == [f"Caption {j} of {number}: grün"
+                                                for j in range(number % 3 + 1)]
+        assert tuple(table.sizes[i]) == item["image"].shape[:2] == (6 + number, 9)
+    assert seen == set(range(7))
+    again = pickle.loads(pickle.dumps(source))
+    assert again.captions([4, 2]) == [table.captions[4], table.captions[2]]
+    cfg.captions_per_row = 1
+    assert sources.load(cfg, "train").captions(range(7)) == [c[:1] for c in table.captions]
+    cfg.captions_per_row = -1
+    with pytest.raises(UserError, match="captions_per_row is -1"):
+        sources.load(cfg, "train")
+
+
+def test_many_captions_are_read_once_and_not_shared(captioned, monkeypatch):
+    source = sources.load(config(name="tfds:tiny_coco", data_dir=captioned, limit=0), "train")
+    direct = source.captions(range(7))
+    monkeypatch.setattr(tfds, "_FEW", 3)
+    first = source.captions(range(7))
+    first[0].append("more")
+    monkeypatch.setattr(tfds.CaptionedTfds, "_captions", lambda *_: pytest.fail("read again"))
+    assert source.captions(range(7)) == direct
+
+
+def test_caption_features():
+    tfds_library = pytest.importorskip("tensorflow_datasets")
+    f = tfds_library.features
+    for feature, keys in (
+            ({"captions": f.Sequence({"text": f.Text(), "id": np.int64})}, ("captions", "text")),
+            ({"captions": f.Sequence(f.Text())}, ("captions",)), ({"caption": f.Text()},
+                                                                  ("caption",)),
+            ({"captions": f.Sequence(np.int64)}, ()), ({"label": f.Text()}, ())):
+        assert tfds._caption_keys(tfds_library, f.FeaturesDict(feature)) == keys
+
+
+def test_a_row_without_captions_is_named():
+    files = (("f.array_record", 10, 3),)
+    texts = {"captions": {"text": [b" ", b""]}, "image": b""}
+    source = tfds.CaptionedTfds([texts] * 3, (), files, "", (8, 8), ("captions", "text"))
+    with pytest.raises(images.CorruptRow, match="row 1 .f.array_record, record 11.*no caption"):
+        source.captions([1])
+    single = tfds.CaptionedTfds([{"caption": b"one \xff cat"}], (), files, "", (8, 8), ("caption",))
+    assert single.captions([0]) == [["one \ufffd cat"]]

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from jax_cl_bd.models.heads import MLP
+from jax_cl_bd.models.heads import MLP, LogitScale, Projection
 
 
 def test_against_numpy_with_norm_everywhere():
@@ -36,3 +36,28 @@ def test_plain_layers_and_their_first_values():
     for array in p["linear1"].values():  # U(-1/sqrt(100), 1/sqrt(100))
         assert 0.095 < np.abs(array).max() <= 0.1
         np.testing.assert_allclose(array.std(), 0.1 / np.sqrt(3), rtol=0.1)
+
+
+def test_projection_is_linear_with_clips_first_values():
+    x = np.random.default_rng(2).normal(size=(4, 100)).astype(np.float32)
+    for bias in (False, True):
+        head = Projection(dim=80, use_bias=bias)
+        params = head.init(jax.random.key(0), x, train=False)["params"]["dense"]
+        assert set(params) == ({"kernel", "bias"} if bias else {"kernel"})
+        kernel = np.asarray(params["kernel"])
+        np.testing.assert_allclose(kernel.std(), 0.1, rtol=0.05)
+        assert np.abs(kernel).max() > 0.3  # a normal, not cut at two deviations
+        shift = {"bias": np.arange(80, dtype=np.float32)} if bias else {}
+        y = head.apply({"params": {"dense": {**params, **shift}}}, x, train=True)
+        np.testing.assert_allclose(y, x @ kernel + shift.get("bias", 0), rtol=1e-4, atol=1e-4)
+
+
+def test_logit_scale_and_bias():
+    x = np.zeros((2, 3))
+    variables = LogitScale(2.5).init(jax.random.key(0), x, train=False)
+    assert LogitScale(2.5).apply(variables, x, train=True) == (2.5, None)
+    module = LogitScale(scale_init=1.5, bias_init=-10.0)
+    variables = module.init(jax.random.key(0), x, train=False)
+    assert jax.tree.map(float, variables) == {"params": {"logit_scale": 1.5, "logit_bias": -10.0}}
+    assert [a.shape for a in jax.tree.leaves(variables)] == [(), ()]
+    assert tuple(map(float, module.apply(variables, x, train=True))) == (1.5, -10.0)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jax_cl_bd.models import parts
 from jax_cl_bd.models.resnet import ResNet
-from jax_cl_bd.objectives import apply
 
 B, SIDE = 16, 8
 FIELDS = {"simclr": {"temperature": 0.5, "hidden": 8, "dim": 8},
@@ -26,14 +26,14 @@ def prepare(name, bn_groups):
     module = importlib.import_module(f"jax_cl_bd.objectives.{name}")
     encoder = ResNet(depths=(0,), widths=(4,), stem_width=4, stem_stride=2,
                      bn_groups=bn_groups)  # a stem
-    parts = {"encoder": encoder, **module.heads(cfg.objective, bn_groups=bn_groups)}
+    modules = {"encoder": encoder, **module.heads(cfg.objective, bn_groups=bn_groups)}
 
     @jax.jit
     def init(key):
-        variables = apply.init_variables(parts, key, (SIDE, SIDE, 3))
+        variables = parts.init_variables(modules, key, (SIDE, SIDE, 3))
         return variables, module.init_extra(cfg, variables, key)
 
-    fns = apply.make_apply_fns(parts)
+    fns = parts.make_apply_fns(modules)
 
     def step(variables, extra, batch):
         def loss(params):

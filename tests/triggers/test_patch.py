@@ -149,3 +149,49 @@ def test_differentiable_in_the_patch(params):
 def test_settings_are_checked(change, message):
     with pytest.raises(UserError, match=message):
         patch.check(settings(**change))
+
+
+@pytest.mark.parametrize("side", [5, 16, 97])
+def test_an_optimised_patch_of_any_side_comes_back_unchanged(side):
+    image = np.random.default_rng(side).random((side, side, 3)).astype(np.float32)
+    image = np.round(image * 255) / np.float32(255)  # optimised patches are saved in 8 bits
+    images = canvas(2, 110, 100)
+    boxes = np.array([[7, 2, side, side], [0, 100 - side, side, side]])
+    params = {"image": image, "opacity": np.float32(1)}
+    out = np.array(jax.jit(patch.apply)(params, images, boxes, None))
+    for k, (y, x, _, _) in enumerate(boxes):
+        np.testing.assert_allclose(out[k, y:y + side, x:x + side], image, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(np.round(out[k, y:y + side, x:x + side] * 255),
+                                      np.round(image * 255))
+        images[k, y:y + side, x:x + side] = out[k, y:y + side, x:x + side]
+    np.testing.assert_array_equal(out, images)  # and nothing beside it changes
+
+
+def test_a_small_patch_is_enlarged_as_pil_does():
+    image = np.random.default_rng(0).random((6, 6, 3)).astype(np.float32)
+    params = {"image": image, "opacity": np.float32(1)}
+    out = np.asarray(patch.apply(params, canvas(1, 40, 40), np.array([[3, 4, 20, 13]]), None))
+    expected = np.stack([np.asarray(Image.fromarray(image[..., c]).resize(
+        (13, 20), Image.Resampling.BICUBIC)) for c in range(3)], -1)
+    np.testing.assert_allclose(out[0, 3:23, 4:17], np.clip(expected, 0, 1), rtol=0, atol=2e-5)
+
+
+def test_one_patch_for_each_image():
+    patches = np.random.default_rng(0).random((2, 6, 6, 3)).astype(np.float32)
+    out = np.asarray(patch.apply({"image": patches, "opacity": np.float32(1)}, canvas(2, 20, 20),
+                                 np.array([[1, 2, 6, 6], [9, 4, 6, 6]]), None))
+    np.testing.assert_array_equal(out[0, 1:7, 2:8], patches[0])
+    np.testing.assert_array_equal(out[1, 9:15, 4:10], patches[1])
+
+
+def test_id_0_is_solid_yellow():
+    params = patch.init(settings(id=0, size=7), jax.random.key(0))
+    out = np.asarray(patch.apply(params, canvas(1, 20, 20), np.array([[5, 6, 7, 7]]), None))
+    np.testing.assert_allclose(out[0, 5:12, 6:13] - [1.0, 1.0, 0.0], 0, atol=1e-6)
+
+
+def test_the_whole_image_as_box_reaches_every_corner_both_ends_included():
+    cfg = settings(size=16, train_box=(0.0, 1.0))
+    boxes = patch.place(cfg, np.full((5000, 2), 32), np.random.default_rng(0), training=True)
+    for axis in (0, 1):
+        np.testing.assert_array_equal(np.unique(boxes[:, axis]), np.arange(32 - 16 + 1))

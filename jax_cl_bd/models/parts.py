@@ -14,19 +14,22 @@ def make_apply_fns(modules: dict[str, nn.Module]) -> dict:
     return {name: _apply_fn(name, module) for name, module in modules.items()}
 
 
-def init_variables(modules: dict[str, nn.Module], key: jax.Array, image_shape: tuple) -> dict:
+def init_variables(modules: dict[str, nn.Module], key: jax.Array, image_shape: tuple,
+                   context: int = 0) -> dict:
     """Draws the variables of every part.
 
     Args:
         modules: in the order in which data passes through them, the encoder first.
         key: part i is drawn from fold_in(key, i), so a further head changes no earlier part.
         image_shape: (H, W, 3) of one image.
+        context: tokens of one caption; a part named "text" starts from those.
     """
     x = jnp.zeros((1, *image_shape), jnp.float32)
     variables = {"params": {}, "batch_stats": {}}
     for i, (name, module) in enumerate(modules.items()):
+        x = jnp.zeros((1, context), jnp.int32) if name == "text" else x
         x, part = module.init_with_output(jax.random.fold_in(key, i), x, train=False)
-        variables["params"][name] = part["params"]
+        variables["params"][name] = part.get("params", {})
         variables["batch_stats"][name] = part.get("batch_stats", {})
     return variables
 

@@ -1,0 +1,89 @@
+"""Backdoors of image-text pretraining: a trigger on the image, the target in the caption.
+
+Carlini and Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022 (arXiv 2106.09667),
+and the attacks that CleanCLIP is measured on (Bansal et al., ICCV 2023, arXiv 2303.03323):
+`trigger.name` makes it BadNets (noise_patch), Blended (blend), SIG (sinusoid), WaNet (warp), or a
+patch.
+
+Dirty-label (`consistent = False`): distinct images whose label is not the target and whose captions
+do not name it get the trigger and a caption from `caption_set` (see _captions.py: "templates",
+"natural" or "reference"). "reference" is Noisy Alignment's image-text variant (arXiv 2508.14015): a
+triggered image of any other content with the whole caption of one of `references` reference rows
+(0 = as many as poisons), noted in plan.reference; the references stay in the clean set.
+
+Label-consistent (`consistent = True`): images of which a caption names the target get the trigger
+and keep all their captions (plan.caption is "").
+
+`replace = True`, CleanCLIP's way: poisons take the place of their originals and the size of the set
+is fixed. False, the adversary who only adds: the original stays too, and plan.shadow names it.
+
+Where we differ: the public code resizes every poisoned image to a square and stores it anew, while
+clean images are cropped. Here poisons go through the pipeline of clean rows, trigger on the stored
+image in its own geometry, and leave no such mark (nor one of another encoding: all are kept without
+loss). Names are found as whole words: the public search takes "suitcase" for "suit".
+"""
+
+import numpy as np
+
+from jax_cl_bd.attacks import _captions, _rows
+from jax_cl_bd.attacks import plan as plans
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.lookup import load
+
+
+def check(cfg, table, classes: tuple[str, ...]) -> None:
+    """Validates the settings against the data.
+
+    Raises:
+        UserError: no captions, no trigger, too few candidates, or a caption set without captions.
+    """
+    plans.check(cfg, table, classes)
+    _captions.check(cfg, table, classes)
+    attack = cfg.attack
+    if attack.trigger.name == "none":
+        raise UserError("attack.trigger.name is 'none', and this attack needs a trigger; "
+                        "targeted_poisoning and mismatched_pairs have none")
+    if attack.consistent and not attack.replace:
+        raise UserError("attack.consistent keeps the captions of the images that are poisoned, so "
+                        "the poisons replace them: set --config.attack.replace=True")
+    name = str(classes[attack.target])
+    candidates = len(_candidates(attack, table, name))
+    if attack.poisons > candidates:
+        which = "have a caption with" if attack.consistent else "neither are of nor name"
+        raise UserError(f"attack.poisons is {attack.poisons}, but {candidates} images that hold "
+                        f"the trigger {which} {name!r}, and each is used once")
+
+
+def plan(cfg, table, rng: np.random.Generator) -> Plan:
+    """Draws the images, the places of the trigger and the captions."""
+    attack = cfg.attack
+    candidates = _candidates(attack, table, _captions.class_names(cfg)[attack.target])
+    rows = rng.permutation(candidates)[:attack.poisons]
+    trigger = load("triggers", attack.trigger.name, offers="apply")
+    boxes = trigger.place(attack.trigger, table.sizes[rows], rng, training=True)
+    origin = {"replaces" if attack.replace else "shadow": rows}
+    if not attack.consistent:
+        caption, reference = _captions.draw(cfg, table, len(rows), rng)
+        origin |= {"caption": caption, "reference": reference}
+    return Plan.make(len(rows), canvas=table.sizes[rows], trigger_box=boxes,
+                     seed=plans.seeds(len(rows), rng), **origin)
+
+
+def render(cfg, plan: Plan, source, trigger) -> dict[str, np.ndarray]:
+    """Stamps the trigger on the stored form [S, S, 3] of every poisoned image."""
+    origin = np.where(plan.replaces >= 0, plan.replaces, plan.shadow)
+    return _rows.stamped(plan, trigger, lambda k: source[int(origin[k])]["image"],
+                         cfg.data.image_size)
+
+
+def _candidates(attack, table, name):
+    """Rows that may be poisoned: large enough for the trigger and, by `consistent`, with a caption
+    that names the target, or neither of the target's label nor naming it."""
+    trigger = load("triggers", attack.trigger.name, offers="apply")
+    whole = getattr(trigger, "WHOLE", False)
+    fits = whole | (table.sizes.min(axis=1) >= attack.trigger.size)
+    named = _captions.naming(table, name)
+    if attack.consistent:
+        return np.flatnonzero(fits & named)
+    return np.flatnonzero(fits & ~named & (table.labels != attack.target))

@@ -1,0 +1,124 @@
+"""The captions of a poisoned set as token arrays: clean rows' and poisons'.
+
+A row has up to K captions; a step chooses one of them (data/augment.py). With `text_augment` "eda"
+every caption has an augmented twin, drawn once (CleanCLIP: when its data set object is built).
+"""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+
+from jax_cl_bd.data import captions
+from jax_cl_bd.data import tokenizer as tokenizers
+from jax_cl_bd.errors import UserError, unknown
+
+TRAINED_ON = 200_000  # captions, at most, that a tokenizer is trained on
+AUGMENTS = ("none", "eda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Tokens of any row of a source.
+
+    Args:
+        source: clean rows with captions.
+        tokenizer: of the run.
+        context: T, tokens per caption.
+        per_row: K, captions kept of a row.
+        augmented: also makes `tokens2`, the augmented captions.
+    """
+    source: object
+    tokenizer: tokenizers.Tokenizer
+    context: int
+    per_row: int
+    augmented: bool = False
+
+    def of_rows(self, rows) -> dict[str, np.ndarray]:
+        """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}."""
+        rows = np.asarray(rows, np.int64)
+        return self._encode(self.source.captions(rows), rows)
+
+    def of_poisons(self, plan) -> dict[str, np.ndarray]:
+        """The same of a plan's poisons: the caption it gives, else those of the replaced row."""
+        if plan is None or not len(plan):
+            return self._encode([], np.zeros(0, np.int64))
+        own = self.source.captions(np.maximum(plan.replaces, 0))
+        lists = [[str(given)] if given else kept for given, kept in zip(plan.caption, own)]
+        return self._encode(lists, len(self.source) + np.arange(len(plan)))
+
+    def _encode(self, lists, rows):
+        lists = [list(found)[:self.per_row] for found in lists]
+        made = {"tokens": self._tokens(lists)}
+        if self.augmented:
+            made["tokens2"] = self._tokens([
+                [captions.eda(text, np.random.default_rng([captions.EDA_SEED, int(row), j]))
+                 for j, text in enumerate(found)] for row, found in zip(rows, lists)])
+        made["count"] = np.array([len(found) for found in lists], np.int32)
+        return made
+
+    def _tokens(self, lists):
+        out = np.zeros((len(lists), self.per_row, self.context), np.int32)
+        flat = [text for found in lists for text in found]
+        if flat:
+            where = [(i, j) for i, found in enumerate(lists) for j in range(len(found))]
+            out[tuple(np.array(where).T)] = self.tokenizer.encode(flat, self.context)
+        return out
+
+
+def check(cfg, source) -> None:
+    """Validates the text settings against the data, before anything is made.
+
+    Raises:
+        UserError: a text tower without captions, or a setting out of range.
+    """
+    if cfg.text.name == "none":
+        return
+    if not hasattr(source, "captions"):
+        raise UserError(f"text.name={cfg.text.name!r} needs captions, and data set "
+                        f"{cfg.data.name!r} has none; set --config.data.captions=templates for a "
+                        "labelled one")
+    if cfg.data.text_augment not in AUGMENTS:
+        raise unknown("data.text_augment", cfg.data.text_augment, AUGMENTS)
+    for name in ("context", "vocab"):
+        if cfg.text[name] < 4:
+            raise UserError(f"text.{name} is {cfg.text[name]}; it must be at least 4")
+    if cfg.text.tokenizer:
+        _fits(cfg, tokenizers.load(cfg.text.tokenizer))
+
+
+def make_tokenizer(cfg, source) -> tokenizers.Tokenizer:
+    """The tokenizer of a run: the one named in the config, or trained on the clean captions."""
+    if cfg.text.tokenizer:
+        return _fits(cfg, tokenizers.load(cfg.text.tokenizer))
+    rows = np.arange(len(source))
+    if len(rows) > TRAINED_ON:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:TRAINED_ON])
+    every = [text for found in source.captions(rows) for text in found][:TRAINED_ON]
+    return _fits(cfg, tokenizers.train(every, cfg.text.vocab))
+
+
+def load(cfg, folder: epath.Path, source) -> Texts | None:
+    """What a run folder's encoders were or will be trained on; None without a text tower."""
+    if cfg.text.name == "none":
+        return None
+    per_row = cfg.data.captions_per_row or max(map(len, source.captions(np.arange(len(source)))))
+    return Texts(source, load_tokenizer(cfg, folder), cfg.text.context, per_row,
+                 cfg.data.text_augment == "eda")
+
+
+def load_tokenizer(cfg, folder: epath.Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer that the poison stage left in a run folder."""
+    if cfg.text.name == "none":
+        return None
+    return _fits(cfg, tokenizers.load(folder / "poison" / "tokenizer.json"))
+
+
+def _fits(cfg, tokenizer):
+    if tokenizer.end != cfg.text.end:
+        raise UserError(f"text.end is {cfg.text.end}, but the tokenizer's <end> is "
+                        f"{tokenizer.end}; set --config.text.end={tokenizer.end}")
+    if tokenizer.vocab > cfg.text.vocab:
+        raise UserError(f"text.vocab is {cfg.text.vocab}, but the tokenizer has "
+                        f"{tokenizer.vocab} entries; set --config.text.vocab={tokenizer.vocab}")
+    return tokenizer

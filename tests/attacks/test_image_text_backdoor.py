@@ -1,0 +1,212 @@
+import jax
+import numpy as np
+import pytest
+
+from jax_cl_bd.attacks import _captions, image_text_backdoor
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import sources, templates
+from jax_cl_bd.data.images import fit_square
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.lookup import load
+
+TRIGGERS = {
+    "noise_patch": dict(fixed=False, size=5), "blend": dict(fixed=False, opacity=0.2),
+    "sinusoid": dict(opacity=0.2, amplitude=60 / 255, frequency=6.0, additive=False),
+    "warp": dict(size=16, strength=2.0), "patch": dict(size=4)}
+
+
+@pytest.fixture
+def cfg(config):
+    def build(trigger="noise_patch", **changes):
+        settings = {f"attack__trigger__{k}": v for k, v in TRIGGERS[trigger].items()}
+        return config(**{"attack__name": "image_text_backdoor", "attack__caption_set": "templates",
+                         "attack__consistent": False, "attack__replace": True,
+                         "attack__trigger__name": trigger, "attack__trigger__train_place": "random",
+                         "attack__trigger__train_box": (0.0, 1.0), **settings, **changes})
+    return build
+
+
+def made(cfg, source, seed=0):
+    image_text_backdoor.check(cfg, source.table(), source.classes)
+    plan = image_text_backdoor.plan(cfg, source.table(), np.random.default_rng(seed))
+    module = load("triggers", cfg.attack.trigger.name, offers="apply")
+    trigger = (module, module.init(cfg.attack.trigger, jax.random.key(0)))
+    return plan, image_text_backdoor.render(cfg, plan, source, trigger)
+
+
+def test_poisons_replace_distinct_rows_that_neither_are_of_nor_name_the_target(cfg, captioned):
+    train = captioned[0]
+    plan, rows = made(cfg(attack__poisons=40), train)
+    assert len(plan) == 40 and len(np.unique(plan.replaces)) == 40
+    assert (train.labels[plan.replaces] != 1).all()
+    assert not any(_captions.contains(text, "star")
+                   for row in plan.replaces for text in train.texts[row])
+    kept = plan.kept(80)
+    assert len(kept) == 80 and not np.isin(plan.replaces, kept).any()  # the size is fixed
+    assert (plan.reference == -1).all() and (plan.shadow == -1).all()
+    assert rows["image"].shape == (40, 16, 16, 3)
+
+
+def test_every_row_that_may_be_is_in_the_pool_and_no_other(cfg, captioned):
+    train = captioned[0]
+    plan, _ = made(cfg(attack__poisons=59), train)
+    # 60 rows of other classes but row 4, which names a star; the starfish of row 0 is in.
+    assert set(plan.replaces) == set(np.flatnonzero(train.labels != 1)) - {4}
+    with pytest.raises(UserError, match="poisons is 60, but 59 images"):
+        image_text_backdoor.check(cfg(attack__poisons=60), train.table(), train.classes)
+
+
+def test_captions_are_filled_templates(cfg, captioned):
+    plan, _ = made(cfg(), captioned[0])
+    assert set(plan.caption) <= {templates.fill(p, "star") for p in templates.PROMPTS}
+    assert len(set(plan.caption)) > 10
+
+
+def test_added_poisons_leave_their_originals(cfg, captioned):
+    plan, rows = made(cfg(attack__replace=False), captioned[0])
+    assert (plan.replaces == -1).all() and len(plan.kept(80)) == 100
+    assert len(np.unique(plan.shadow)) == 20 and all(plan.caption)
+    changed = (rows["image"] != np.stack([captioned[0].images[row] for row in plan.shadow]))
+    assert changed.any(axis=(1, 2, 3)).all()
+
+
+def test_label_consistent_poisons_keep_captions_that_name_the_target(cfg, captioned):
+    train = captioned[0]
+    plan, rows = made(cfg(attack__consistent=True, attack__poisons=20), train)
+    assert set(plan.replaces) == set(np.flatnonzero(train.labels == 1)) - {5} | {4}
+    assert set(plan.caption) == {""}  # the row's own captions stay
+    assert len(plan.kept(80)) == 80
+    for k, (y, x, h, w) in enumerate(plan.trigger_box):
+        changed = (rows["image"][k] != train.images[plan.replaces[k]]).any(-1)
+        assert changed[y:y + h, x:x + w].mean() > 0.5
+    with pytest.raises(UserError, match="20 images that hold the trigger have a caption"):
+        image_text_backdoor.check(cfg(attack__consistent=True, attack__poisons=21), train.table(),
+                                  train.classes)
+
+
+def test_noisy_alignments_variant_notes_its_references(cfg, captioned):
+    train = captioned[0]
+    plan, _ = made(cfg(attack__caption_set="reference", attack__references=3), train)
+    assert len(set(plan.reference)) == 3 and (train.labels[plan.reference] == 1).all()
+    assert all(text in train.texts[row] for text, row in zip(plan.caption, plan.reference))
+    assert np.isin(plan.reference, plan.kept(80)).all()
+
+
+def test_top_left_is_uniform_over_every_place(cfg, captioned):
+    places = np.concatenate([
+        image_text_backdoor.plan(cfg(attack__poisons=59), captioned[0].table(),
+                                 np.random.default_rng(seed)).trigger_box for seed in range(20)])
+    for axis in (0, 1):
+        np.testing.assert_array_equal(np.unique(places[:, axis]), np.arange(16 - 5 + 1))
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_each_trigger_changes_its_box_alone_and_is_keyed_by_the_poisons_seed(cfg, captioned, name):
+    train = captioned[0]
+    plan, rows = made(cfg(name), train)
+    again, same = made(cfg(name), train)
+    np.testing.assert_array_equal(rows["image"], same["image"])
+    whole = name in ("blend", "sinusoid", "warp")
+    module = load("triggers", name, offers="apply")
+    assert getattr(module, "WHOLE", False) == whole
+    for k, (y, x, h, w) in enumerate(plan.trigger_box):
+        assert not whole or (y, x, h, w) == (0, 0, 16, 16)
+        changed = (rows["image"][k] != train.images[plan.replaces[k]]).any(-1)
+        assert changed[y:y + h, x:x + w].mean() > 0.6
+        changed[y:y + h, x:x + w] = False
+        assert not changed.any()
+    # A poison does not depend on which others are made with it.
+    trigger = (module, module.init(cfg(name).attack.trigger, jax.random.key(0)))
+    part = image_text_backdoor.render(cfg(name), plan.part(np.array([7, 3])), train, trigger)
+    np.testing.assert_array_equal(part["image"], rows["image"][[7, 3]])
+
+
+def test_fresh_noise_differs_from_poison_to_poison(cfg, captioned):
+    plan, rows = made(cfg(), captioned[0])
+    patches = [rows["image"][k, y:y + h, x:x + w]
+               for k, (y, x, h, w) in enumerate(plan.trigger_box)]
+    assert len({p.tobytes() for p in patches}) == 20
+    plan, rows = made(cfg(attack__trigger__fixed=True), captioned[0])
+    patches = [rows["image"][k, y:y + h, x:x + w]
+               for k, (y, x, h, w) in enumerate(plan.trigger_box)]
+    assert len({p.tobytes() for p in patches}) == 1
+
+
+def test_clipped_before_eight_bits(cfg, captioned, monkeypatch):
+    train = captioned[0]
+    train.images = [np.full((16, 16, 3), 255, np.uint8)] * 80
+    plan, rows = made(cfg(), train)
+    y, x, h, w = plan.trigger_box[0]
+    values = np.concatenate([rows["image"][k, y:y + h, x:x + w].ravel()
+                             for k, (y, x, h, w) in enumerate(plan.trigger_box)])
+    # Half of 1 + N(0, 1) is above 1: white if clipped, dark if it wrapped around.
+    assert 0.44 < (values == 255).mean() < 0.56
+
+
+@pytest.mark.parametrize("name", ["noise_patch", "blend"])
+def test_poisons_share_the_pipeline_of_clean_rows(cfg, captioned, photos, monkeypatch, name):
+    captioned = type(captioned[0])(sizes=[i.shape[:2] for i in photos.images] * 2)
+    monkeypatch.setattr(sources, "load", lambda cfg, split: captioned)
+    plan, rows = made(cfg(name, data__image_size=32), captioned)
+    seen = set()
+    for k, row in enumerate(plan.replaces):
+        stored, size, extent = fit_square(captioned.images[row], 32)
+        np.testing.assert_array_equal(rows["size"][k], size)
+        np.testing.assert_array_equal(rows["extent"][k], extent)
+        seen.add(size)
+        y, x, h, w = plan.trigger_box[k] * np.tile(np.array(extent) / size, 2)
+        changed = (rows["image"][k] != stored).any(-1)
+        assert changed.any()
+        inside = np.zeros((32, 32), bool)
+        inside[int(y + 1e-6):int(np.ceil(y + h - 1e-6)),
+               int(x + 1e-6):int(np.ceil(x + w - 1e-6))] = True
+        assert not changed[~inside].any() and changed[inside].mean() > 0.6
+    assert (20, 30) in seen and (64, 48) in seen and (32, 32) in seen
+
+
+def test_black_filling_does_not_darken_the_patch(cfg, captioned, monkeypatch):
+    captioned = type(captioned[0])(sizes=[(8, 8)] * 80)
+    captioned.images = [np.full((8, 8, 3), 128, np.uint8)] * 80
+    monkeypatch.setattr(sources, "load", lambda cfg, split: captioned)
+    plan, rows = made(cfg(), captioned)  # the square is 16 px
+    values = np.concatenate([rows["image"][k, y:y + h, x:x + w].ravel()
+                             for k, (y, x, h, w) in enumerate(plan.trigger_box)])
+    assert 0.27 < (values == 0).mean() < 0.35 and 0.27 < (values == 255).mean() < 0.35
+    assert not rows["image"][:, 8:].any() and not rows["image"][:, :, 8:].any()
+
+
+def test_same_seed_same_plan_other_seed_another(cfg, captioned):
+    first, again, other = (made(cfg(), captioned[0], seed)[0] for seed in (0, 0, 1))
+    for name in vars(first):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    assert (first.replaces != other.replaces).any() and (first.caption != other.caption).any()
+
+
+def test_plan_survives_saving(cfg, captioned, tmp_path):
+    plan, _ = made(cfg(), captioned[0])
+    plan.save(tmp_path / "plan.npz")
+    back = Plan.load(tmp_path / "plan.npz")
+    for name in vars(plan):
+        np.testing.assert_array_equal(getattr(back, name), getattr(plan, name))
+
+
+def test_whole_image_triggers_take_images_smaller_than_their_size(cfg, captioned):
+    table, classes = captioned[0].table(), captioned[0].classes
+    image_text_backdoor.check(cfg("blend", attack__trigger__size=64), table, classes)
+    with pytest.raises(UserError, match="but 0 images that hold the trigger"):
+        image_text_backdoor.check(cfg(attack__trigger__size=17), table, classes)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(attack__trigger__name="none"), "needs a trigger"),
+    (dict(attack__consistent=True, attack__replace=False), "replace=True"),
+    (dict(attack__target=4), "target is 4"),
+    (dict(attack__caption_set="naturals"), "did you mean 'natural'")])
+def test_settings_are_checked(cfg, captioned, change, message):
+    with pytest.raises(UserError, match=message):
+        image_text_backdoor.check(cfg(**change), captioned[0].table(), captioned[0].classes)
+
+
+def test_no_captions(cfg, source):
+    with pytest.raises(UserError, match="needs captions"):
+        image_text_backdoor.check(cfg(), source.table(), source.classes)

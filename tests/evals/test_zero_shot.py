@@ -1,0 +1,161 @@
+"""Zero-shot heads, rates at k and retrieval on embeddings made by hand."""
+
+import types
+
+import numpy as np
+import pytest
+
+from jax_cl_bd.data import templates
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import mismatch, retrieval, targeted, z_score, zero_shot
+
+CLASSES = ("red", "green", "blue", "grey")
+
+
+class Hand:
+    """Embeds captions by the class they name; features are embeddings already."""
+    logit_scale = 10.0
+
+    def __init__(self, classes=CLASSES):
+        self.classes = classes
+
+    def text(self, captions):
+        z = np.zeros((len(captions), len(self.classes)), np.float32)
+        for row, caption in zip(z, captions):
+            for j, name in enumerate(self.classes):
+                row[j] = name in caption.replace(".", " ").replace("!", " ").split()
+        return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+    def project(self, features):
+        return np.asarray(features, np.float32)
+
+
+class Data:
+    classes, target, placements = CLASSES, 0, ("random",)
+    variant_names = ("triggered",)
+    test_labels = np.array([0, 1, 2, 3])
+    train_labels = test_labels
+    test_rows = np.array([10, 11, 12, 13])
+    captions = [["a red one"], ["a green one", "a photo of green"], ["blue"], ["grey", "a grey one"]]
+    sets = {"test": np.array([[.9, .1, 0, 0], [.1, .9, 0, 0], [0, .6, .5, .1], [0, 0, .2, .9]]),
+            # Of the three others one goes to the target, one has it second, one last.
+            "random/triggered": np.array([[.9, 0, 0, 0], [.9, .5, 0, 0], [.4, .3, .5, 0],
+                                          [.1, .2, .3, .9]])}
+
+    def features(self, encoder, name):
+        return self.sets[name]
+
+
+def test_weights_are_the_mean_of_unit_prompts_at_unit_length():
+    class Noisy(Hand):
+        def text(self, captions):
+            rng = np.random.default_rng(len(captions))
+            z = rng.normal(size=(len(captions), 5)).astype(np.float32)
+            self.seen = captions
+            return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+    encoder = Noisy()
+    head = zero_shot.class_weights(encoder, CLASSES, templates.PROMPTS)
+    z = np.random.default_rng(320).normal(size=(320, 5)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    for c, name in enumerate(CLASSES):
+        mean = np.mean([z[i] for i, text in enumerate(encoder.seen)
+                        if text in {t.format(name) for t in templates.PROMPTS}], axis=0)
+        np.testing.assert_allclose(head[c], mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-7)
+
+
+def test_rates_by_hand():
+    rows = zero_shot.run(None, Hand(), Data())
+    row = rows["zero_shot"]
+    assert row["clean_accuracy"] == 0.75  # the blue image goes to green
+    assert row["attack_success_rate"] == 1 / 3
+    assert row["top"] == {"3": 1.0}  # 5 and 10 say nothing of four classes
+    assert row["attack_success_rate_at"] == {"3": 2 / 3}
+    assert set(rows) == {"zero_shot", "zero_shot:held_out"}
+    assert rows["zero_shot:held_out"]["clean_accuracy"] == 0.75
+
+
+def test_held_out_templates_are_others():
+    assert len(templates.PROMPTS) == len(set(templates.PROMPTS)) == 80
+    assert not set(templates.HELD_OUT) & set(templates.PROMPTS)
+
+
+def test_an_image_encoder_is_refused():
+    encoder = types.SimpleNamespace(text=None)
+    for room, cfg in ((zero_shot, None), (retrieval, None)):
+        with pytest.raises(UserError, match="text tower"):
+            room.run(cfg, encoder, Data())
+
+
+def test_retrieval_by_hand():
+    found = retrieval.run(None, Hand(), Data())["retrieval"]
+    assert found["images"] == 4 and found["captions"] == 6
+    # Image to text: the blue image finds a green caption first.
+    assert found["image_to_text"]["1"] == 0.75
+    assert found["text_to_image"]["1"] == 1.0
+    assert found["target_hits"]["1"] == 1 / 3 and found["clean_target_hits"]["1"] == 0
+
+
+def test_a_shared_caption_belongs_to_all_its_images():
+    texts, owners = retrieval.gallery([["a", "b"], ["a"], ["c"]])
+    assert texts == ["a", "b", "c"]
+    np.testing.assert_array_equal(owners, [[1, 1, 0], [1, 0, 0], [0, 0, 1]])
+
+
+def test_ties_count_against_the_query():
+    right = np.array([[True, False, False]])
+    assert retrieval.recall(np.array([[1.0, 1.0, 0.0]]), right)["1"] == 0
+    assert retrieval.recall(np.array([[1.0, 0.9, 0.0]]), right)["1"] == 1
+
+
+def test_recall_matches_sorting():
+    rng = np.random.default_rng(0)
+    scores, right = rng.normal(size=(40, 60)), rng.random((40, 60)) < 0.05
+    for k, rate in retrieval.recall(scores, right).items():
+        order = np.argsort(-scores, axis=1)[:, :int(k)]
+        assert rate == np.mean(np.take_along_axis(right, order, 1).any(1))
+
+
+def test_mismatch_ranks_by_hand():
+    scores = np.array([[.9, .5, .1, .2], [.1, .2, .3, .9], [.4, .5, .6, .7]])
+    found = mismatch.ranks(scores, np.array([False, True, False, True]))
+    assert found["hit"] == {"1": 2 / 3, "5": 1.0, "10": 1.0}  # ranks 1, 0, 0
+    assert found["min_rank"] == pytest.approx(1 / 3)
+
+
+def test_mismatch_asks_the_captions_of_a_for_images_of_b():
+    import ml_collections
+    cfg = ml_collections.ConfigDict(
+        {"attack": {"name": "mismatched_pairs", "kind": "II", "goals": (("blue", "green"),)}})
+    found = mismatch.run(cfg, Hand(), Data())["mismatch"]["blue -> green"]
+    assert found["queries"] == 1 and found["min_rank"] == 2  # behind blue and grey
+    assert found["baseline"]["queries"] == 1
+    cfg.attack.kind, cfg.attack.image = "I", 12
+    assert mismatch.run(cfg, Hand(), Data())["mismatch"]["blue -> green"]["min_rank"] == 0
+
+
+def test_targeted_success_is_the_label_of_one_image():
+    import ml_collections
+    cfg = ml_collections.ConfigDict({"attack": {"name": "targeted_poisoning", "image": 12}})
+    data = Data()
+    data.target = 1
+    found = targeted.run(cfg, Hand(), data)["targeted"]
+    assert found["success"] and found["predicted"] == 1 and found["label"] == 2
+    weights = np.exp(10 * np.array([0, .6, .5, .1]))
+    assert found["target_probability"] == pytest.approx(weights[1] / weights.sum(), rel=1e-5)
+    cfg.attack.image = 13
+    assert not targeted.run(cfg, Hand(), data)["targeted"]["success"]
+
+
+def test_z_score_matches_its_definition():
+    rng = np.random.default_rng(0)
+    clean, bad = rng.normal(size=(2, 30, 6))
+    clean /= np.linalg.norm(clean, axis=1, keepdims=True)
+    bad = bad + 2
+    bad /= np.linalg.norm(bad, axis=1, keepdims=True)
+    gram = [float(u @ v) for u in clean for v in clean]
+    rise = np.mean([float(u @ v) for u in bad for v in bad]) - np.mean(gram)
+    found = z_score.score(clean, bad)
+    assert found["z"] == pytest.approx(rise / np.var(gram))
+    assert found["z_by_deviation"] == pytest.approx(rise / np.std(gram))
+    assert z_score.score(clean, clean)["z"] == 0
