@@ -15,7 +15,7 @@ DIGIT_VIEW = {**SMALL_VIEW, "flip": 0.0, "grayscale": 0.0}
 STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscale": 0.0,
                 "blur": 0.0}
 
-# CLIP is trained without augmentation: the central square, resized (multimodal.md 3.2).
+# CLIP is trained without augmentation: the central square, resized (CleanCLIP's code).
 PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
               "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
 

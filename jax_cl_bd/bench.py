@@ -1,21 +1,24 @@
 """python -m jax_cl_bd.bench step|feed|augment|layout [--config=FILE[:args]] [--json]
 
 Rates as ratios within one run: the whole step (feed, augmentation, update) against the bare model
-step on fixed arrays, both compiled, warmed up and timed in turns.
+step on fixed arrays, both compiled, warmed up and timed in turns. `feed` says whether the feed
+starves the device.
 """
 
 import json
 import sys
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 from absl import flags
+from etils import epath
 from jax import monitoring
 from ml_collections import config_flags
 
 from jax_cl_bd import optim, parallel, poison, pretrain
-from jax_cl_bd.data import augment, feed, sources
+from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.objectives import training
@@ -43,12 +46,23 @@ def _setup(cfg):
     table = sources.table(source)
     poison.check(cfg, table, source.classes)
     pretrain.check(cfg, len(source))
-    dataset = PoisonedSet(source, *poison.make(cfg, source, table, poison.make_trigger(cfg)))
+    dataset = PoisonedSet(source, *poison.make(cfg, source, table, poison.make_trigger(cfg)),
+                          _texts(cfg, source))
     steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     made = feed.make(cfg, dataset)
     state, shardings = born_sharded(training.make_init(cfg, tx), jax.random.key(0), mesh)
     return mesh, made, tx, steps, state, shardings
+
+
+def _texts(cfg, source):
+    if cfg.text.name == "none":
+        return None
+    texts.check(cfg, source)
+    with tempfile.TemporaryDirectory() as folder:
+        (epath.Path(folder) / "poison").mkdir()
+        texts.make_tokenizer(cfg, source).save(epath.Path(folder) / "poison" / "tokenizer.json")
+        return texts.load(cfg, epath.Path(folder), source)
 
 
 def _alternate(first, second, seconds: float, rounds: int = 5) -> tuple[float, float]:
@@ -105,17 +119,57 @@ def step(cfg) -> dict:
 
 
 def feed_rate(cfg) -> dict:
-    """Images per second that the feed alone delivers to the host."""
-    _, made, *_ = _setup(cfg)
+    """Images per second of the feed alone, of the step alone on one batch, and of both together.
+
+    `waiting` is the share of the time of both together that the loop stands at the feed: what the
+    feed does not hide behind the step. A CPU is host and device at once, so there both together are
+    slower than either even if nothing waits.
+    """
+    mesh, made, tx, steps, state, shardings = _setup(cfg)
     batches = made.batches(0)
-    next(batches)
+    with jax.set_mesh(mesh):
+        data = parallel.put_replicated(mesh, made.data)
+        step_fn = compile_step(training.make_step(cfg, tx, steps), shardings)
+        batch = parallel.put_rows(mesh, next(batches))
+        box, waited = {"state": state}, [0.0]
+
+        def read():
+            begun = time.perf_counter()
+            read = next(batches)
+            waited[0] += time.perf_counter() - begun
+            return read
+
+        def train(batch=batch):
+            box["state"], metrics = step_fn(box["state"], data, batch)
+            return jax.block_until_ready(metrics)
+
+        def both():
+            return train(parallel.put_rows(mesh, read()))
+
+        for _ in range(2):
+            train(), both()
+        feed_alone = _rate(read)
+        step_alone = _rate(train)
+        for _ in range(4):  # what the feed read ahead during the steps alone is no part of its rate
+            read()
+        waited[0], begun = 0.0, time.perf_counter()
+        together = _rate(both)
+        waiting = waited[0] / (time.perf_counter() - begun)
+        batches.close()
+    size = cfg.train.batch_size
+    return {"images_per_second": feed_alone * size, "step_images_per_second": step_alone * size,
+            "together_images_per_second": together * size, "waiting": waiting,
+            "starves": feed_alone < step_alone, "feed": cfg.data.feed,
+            "workers": cfg.data.workers, "batch_size": size}
+
+
+def _rate(call) -> float:
+    """Calls per second over --seconds, at least one."""
     count, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < SECONDS.value:
-        next(batches)
+    while not count or time.perf_counter() - begun < SECONDS.value:
+        call()
         count += 1
-    rate = count * cfg.train.batch_size / (time.perf_counter() - begun)
-    batches.close()
-    return {"images_per_second": rate, "feed": cfg.data.feed, "workers": cfg.data.workers}
+    return count / (time.perf_counter() - begun)
 
 
 def augment_rate(cfg) -> dict:

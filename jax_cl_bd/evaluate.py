@@ -13,11 +13,13 @@ from etils import epath
 from jax_cl_bd import lookup, metrics, parallel, poison, run_folder
 from jax_cl_bd.data import sources, templates, texts
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.evals import alignment, attack_metrics, test_sets, zero_shot
+from jax_cl_bd.evals import alignment, attack_metrics, examples, test_sets, zero_shot
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training
 
 MAP_POINTS = 2000
+WITHOUT_LABELS = ("retrieval", "z_score")  # probes that need none
+OF_THE_RUNS_DATA = ("targeted", "mismatch")  # probes of rows or classes of the run's own test split
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
 
@@ -25,7 +27,8 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     """Builds the labelled rows and the clean and triggered test sets; the same for every encoder.
 
     With cfg.downstream the images are another data set's, and the target is its class of the same
-    name. No pixel is read yet.
+    name; `own` then holds the run's own test pairs, where its data has captions. No pixel is read
+    yet.
 
     Raises:
         UserError: a setting of `evals` that does not fit the data, or a downstream data set without
@@ -39,12 +42,22 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     other = ml_collections.ConfigDict(cfg.to_dict())
     other.data.update({"name": cfg.downstream, "limit": 0})
     target = str(train.classes[cfg.attack.target])
+    own = None
+    if not test_sets.has_labels(train):
+        other.data.classes_file = ""  # it has the names that the run's captions contain
+    if hasattr(test, "captions") and cfg.text.name != "none":
+        own = test_sets.make(cfg, train, test, trigger)
     train, test = (sources.load(other.data, split) for split in ("train", "test"))
     if target not in train.classes:
         raise UserError(f"downstream={cfg.downstream!r} has no class {target!r}, the attack's "
                         f"target; its classes are {', '.join(map(str, train.classes[:20]))}")
     other.attack.target = list(train.classes).index(target)
-    return test_sets.make(other, train, test, trigger)
+    if not test_sets.has_labels(test):
+        raise UserError(f"downstream={cfg.downstream!r} has no labels in its test split, and they "
+                        "are what it is for")
+    data = test_sets.make(other, train, test, trigger)
+    data.own = own
+    return data
 
 
 def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encoders.Encoder:
@@ -75,14 +88,30 @@ def add_excess(rows: dict, control: dict | None) -> None:
 
 def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled."""
-    test_data(cfg, poison.make_trigger(cfg))
-    if cfg.evals.knn_k < 1 or cfg.evals.knn_temperature <= 0:
-        raise UserError(f"evals.knn_k={cfg.evals.knn_k} and evals.knn_temperature="
-                        f"{cfg.evals.knn_temperature} must be positive")
     if not cfg.evals.probes:
         raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
     for name in cfg.evals.probes:
         lookup.load("evals", name, offers="run")
+    _check_labels(cfg)
+    test_data(cfg, poison.make_trigger(cfg))
+    if cfg.evals.knn_k < 1 or cfg.evals.knn_temperature <= 0:
+        raise UserError(f"evals.knn_k={cfg.evals.knn_k} and evals.knn_temperature="
+                        f"{cfg.evals.knn_temperature} must be positive")
+
+
+def _check_labels(cfg):
+    """Refuses probes that have no labels to measure by, or other rows than those they speak of."""
+    for name in cfg.evals.probes:
+        if cfg.downstream and name in OF_THE_RUNS_DATA:
+            raise UserError(f"evals.probes has {name!r}, which is about the run's own test images; "
+                            f"take it out, or leave downstream ({cfg.downstream!r}) empty")
+    needing = [name for name in cfg.evals.probes if name not in WITHOUT_LABELS]
+    if cfg.downstream or not needing:
+        return
+    if not any(test_sets.has_labels(sources.load(cfg.data, s)) for s in ("train", "test")):
+        raise UserError(f"evals.probes has {needing[0]!r}, which needs labels, and data set "
+                        f"{cfg.data.name!r} has none: set --config.downstream to a labelled one, "
+                        f"or --config.evals.probes to some of {', '.join(WITHOUT_LABELS)}")
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
@@ -96,9 +125,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     results = {label: measure(cfg, encoder, data, label) for label, encoder in found.items()}
     for label in results:
         add_excess(results[label], results.get("control") if label != "control" else None)
+    answers = {}
     for label in ("victim", "control"):
         if label in found:
             _save_map(folder, label, found[label], data)
+            if found[label].text is not None:
+                answers[label] = examples.find(cfg, found[label], data)
+    if answers:
+        _save_examples(folder, answers, data)
     old = folder / "results.json"
     defenses = run_folder.read_json(old).get("defenses", {}) if old.exists() else {}
     summary = run_folder.read_json(victim / "poison" / "summary.json")
@@ -128,22 +162,35 @@ def _run_row(cfg, folder: epath.Path, seconds: float) -> dict:
 
 
 def _save_map(folder: epath.Path, label: str, encoder, data) -> None:
-    """Keeps the features that the report draws: clean and triggered test images."""
+    """Keeps the features that the report draws: clean and triggered test images, class names."""
+    count = len(data.test_labels)
+    rows = np.linspace(0, count - 1, min(count, MAP_POINTS)).astype(int)
+    clean = data.features(encoder, "test")[rows]
+    triggered = clean[:0]  # of an attack without a trigger
+    if data.placements:
+        triggered = data.features(encoder, f"{data.placements[0]}/triggered")[rows]
+    words = {}
+    if encoder.text is not None:  # then the map is of the shared space
+        clean = encoder.project(clean)
+        triggered = encoder.project(triggered) if len(triggered) else clean[:0]
+    if encoder.text is not None and len(data.classes) > 1:
+        words = {"text": zero_shot.class_weights(encoder, data.classes, templates.PROMPTS),
+                 "classes": np.array([str(name) for name in data.classes])}
     name = "map.npz" if label == "victim" else f"map_{label}.npz"
-    path = folder / "evaluate" / name
+    labels = np.where(data.of_target, data.target, data.test_labels)  # also of data without labels
+    _save_arrays(folder / "evaluate" / name, clean=clean, triggered=triggered,
+                 labels=labels[rows], target=data.target, **words)
+
+
+def _save_examples(folder: epath.Path, answers: dict[str, dict], data) -> None:
+    """Keeps what encoders say of some images as JSON, and the images that the victim's names."""
+    _save_arrays(folder / "evaluate" / "examples.npz", **examples.pixels(answers["victim"], data))
+    run_folder.write_json(folder / "evaluate" / "examples.json", answers)
+
+
+def _save_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{name}").open("wb") as file:
-        count = len(data.test_labels)
-        rows = np.linspace(0, count - 1, min(count, MAP_POINTS)).astype(int)
-        clean = data.features(encoder, "test")[rows]
-        triggered = clean[:0]  # of an attack without a trigger
-        if data.placements:
-            triggered = data.features(encoder, f"{data.placements[0]}/triggered")[rows]
-        words = {}
-        if encoder.text is not None:  # then the map is of the shared space
-            clean = encoder.project(clean)
-            triggered = encoder.project(triggered) if len(triggered) else clean[:0]
-            words["text"] = zero_shot.class_weights(encoder, data.classes, templates.PROMPTS)
-        np.savez_compressed(file, clean=clean, triggered=triggered,
-                            labels=data.test_labels[rows], target=data.target, **words)
-    (path.parent / f".{name}").replace(path)
+    temporary = path.parent / f".{path.name}"
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)

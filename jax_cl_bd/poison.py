@@ -150,9 +150,10 @@ def summary(cfg, plan: Plan, rows: dict, table, classes, trigger) -> dict:
     """Counts and rates of a plan.
 
     rate_of_dataset: poisons over all rows of the poisoned set. rate_of_target_class: poisons that
-    show content of the target class, over the class's clean images before the attack.
+    show content of the target class, over the class's clean images before the attack. Where no row
+    has a label, both, and `target_images`, are of the rows with a caption that names the target.
     """
-    target = rows_of(table, cfg.attack.target)
+    target = rows_of(table, cfg.attack.target, classes)
     source = len(table.labels)
     total = len(plan.kept(source))
     replaced = plan.replaces[plan.replaces >= 0]
@@ -165,7 +166,7 @@ def summary(cfg, plan: Plan, rows: dict, table, classes, trigger) -> dict:
              "added": int((plan.replaces < 0).sum()), "replaced": len(replaced),
              "removed": len(plan.removed), "source_rows": source, "rows": total,
              "rate_of_dataset": len(plan) / total,
-             "rate_of_target_class": int(np.isin(content, target).sum()) / len(target),
+             "rate_of_target_class": int(np.isin(content, target).sum()) / max(1, len(target)),
              "target_images": len(target),
              "clean_target_images_left":
                  len(np.setdiff1d(target, np.concatenate([plan.removed, replaced]))),

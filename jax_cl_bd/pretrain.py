@@ -4,7 +4,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import optim, parallel, poison, run_folder
+from jax_cl_bd import evaluate, optim, parallel, poison, run_folder
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
@@ -65,9 +65,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     settings = run_folder.settings_of(cfg, run_folder.PRETRAIN_GROUPS)
     mesh = parallel.make_mesh(cfg.mesh)
     watch = clean = None
-    if cfg.train.eval_every:
-        tests = test_sets.make(cfg, source, sources.load(cfg.data, "test"),
-                               poison.load_trigger(cfg, folder))
+    tests = _watched(cfg, source, folder)
+    if tests is not None:
         watch = during_training.make(cfg, tests, mesh, captions and captions.tokenizer)
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     for label, (place, dataset) in sets.items():
@@ -82,3 +81,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place,
             steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
         run_folder.finish(place / "pretrain", settings)
+
+
+def _watched(cfg, source, folder):
+    """What the attack is watched on while it grows: the run's own test set or, if that has no
+    labels, the downstream one. None without either, or if train.eval_every is 0."""
+    if not cfg.train.eval_every:
+        return None
+    trigger = poison.load_trigger(cfg, folder)
+    if test_sets.has_labels(source):
+        return test_sets.make(cfg, source, sources.load(cfg.data, "test"), trigger)
+    return evaluate.test_data(cfg, trigger) if cfg.downstream else None

@@ -20,9 +20,9 @@ def draw(cfg, plan: Plan, rows: dict[str, np.ndarray], source) -> bytes:
     """Draws up to 16 poisons, or clean images if there are none, as a PNG."""
     classes = [str(c) for c in source.classes]
     if len(plan):
-        tiles = [_poison(plan, rows, source, classes, k) for k in _choose(plan.layout)]
+        tiles = [_poison(plan, rows, source, classes, k) for k in chosen(plan.layout)]
     else:
-        tiles = [_clean(source, classes, k) for k in _choose(np.zeros(len(source)))]
+        tiles = [_clean(source, classes, k) for k in chosen(np.zeros(len(source)))]
     figure, axes = _grid(tiles)
     for axis, tile in zip(axes, tiles):
         _show(axis, tile)
@@ -32,9 +32,9 @@ def draw(cfg, plan: Plan, rows: dict[str, np.ndarray], source) -> bytes:
     return out.getvalue()
 
 
-def _choose(layout):
-    """Evenly spread entries, as many of each layout; one layout after the other, so that a line of
-    tiles has one height."""
+def chosen(layout: np.ndarray) -> np.ndarray:
+    """Which entries of a plan are drawn: evenly spread, as many of each layout [m]; one layout
+    after the other, so that a line of tiles has one height."""
     kinds = [np.flatnonzero(layout == kind) for kind in np.unique(layout)]
     each = TILES // len(kinds)
     return np.concatenate([rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
@@ -72,7 +72,8 @@ def _caption(plan, source, classes, k):
     if plan.caption[k]:
         shown = plan.replaces[k] if plan.replaces[k] >= 0 else plan.shadow[k]
         what = f"image of {name(shown)}" if shown >= 0 else "added"
-        return "\n".join([what, *textwrap.wrap(f"“{plan.caption[k]}”", 34)[:2]])
+        return "\n".join([what, *textwrap.wrap(f"“{plan.caption[k]}”", 34, max_lines=2,
+                                               placeholder="…”")])
     if plan.replaces[k] >= 0 and plan.reference[k] >= 0:
         return f"image of {name(plan.reference[k])}\ncaption of {name(plan.replaces[k])}"
     if plan.replaces[k] >= 0:
@@ -124,7 +125,7 @@ def _show(axis, tile):
                                  edgecolor=COLORS[name]))
     axis.set_xlim(*limits[0])
     axis.set_ylim(*limits[1])
-    axis.set_title(tile["caption"], fontsize=8, pad=3)
+    axis.set_title(tile["caption"], fontsize=8.5, pad=3)
 
 
 def _title(figure, cfg, plan, rows, classes):

@@ -9,6 +9,8 @@ import pytest
 from etils import epath
 
 from jax_cl_bd import run_folder, stages
+from jax_cl_bd.data import prepare_pairs
+from tests import pair_shards
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,7 +20,10 @@ VARIANTS = {
     "quickstart": ["", "attack=ssl_backdoor,objective=moco",
                    "attack=oracle_poisoning,objective=byol,defense=retrain",
                    "attack=none,objective=simsiam,defense=none"],
+    "clip_cifar10": ["", "reduced,optimized_patch"],
     "clip_scenes": ["", "blended,objective=siglip", "optimized_patch", "mismatched", "targeted"],
+    "clip_pairs": ["", "attack=blended,tower=vit_b32,objective=siglip,downstream=scenes",
+                   "attack=optimized_patch,in_modality"],
     "layout_law": ["case=free"],
     "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol",
                 "objective=simsiam"],
@@ -85,6 +90,33 @@ def test_clip_scenes_in_debug_mode(tmp_path, arg):
     for name in cfg.evals.probes[4:]:  # what measures an attack without a trigger
         assert name in victim
     assert ("z_score" in victim) == ("targeted" not in arg and "mismatched" not in arg)
+
+
+def test_clip_pairs_in_debug_mode(tmp_path):
+    """Pairs without labels, measured on another data set; then the same victim without one."""
+    paths, *_ = pair_shards.write(tmp_path / "tars", pairs=240, shards=2, broken_every=20)
+    prepare_pairs.write(paths, str(tmp_path / "pairs"))
+    (tmp_path / "classes.txt").write_text("heart\nstar\n")
+    cfg = config("clip_pairs", "debug,in_modality,downstream=scenes")
+    cfg.control = False
+    cfg.attack.target = 1
+    cfg.evals.update(probes=("zero_shot", "retrieval", "z_score"), placements=("random",))
+    cfg.data.update(name=f"pairs:{tmp_path / 'pairs'}", classes_file=str(tmp_path / "classes.txt"),
+                    workers=0, scenes_train=200, scenes_test=100)
+    results = debug_run(cfg, tmp_path / "run")
+    summary = run_folder.read_json(epath.Path(tmp_path / "run" / "poison" / "summary.json"))
+    assert summary["target_class"] == "star"
+    assert summary["poisons"] == results["poison"]["count"] == 8
+    assert results["victim"]["retrieval"]["images"] == 11  # every 20th of the pairs
+    cfg.victim, cfg.downstream = str(tmp_path / "run"), ""
+    cfg.evals.probes = ("retrieval", "z_score")
+    chosen = ["evaluate", "report"]
+    stages.check(cfg, chosen)
+    stages.run(cfg, epath.Path(tmp_path / "again"), chosen)
+    again = run_folder.read_json(epath.Path(tmp_path / "again" / "results.json"))["victim"]
+    assert again["retrieval"] == results["victim"]["retrieval"]
+    assert set(again) == {"retrieval", "z_score", "alignment"} and not again["alignment"]
+    assert (tmp_path / "again" / "report" / "index.html").exists()
 
 
 def test_layout_law_in_debug_mode(tmp_path):

@@ -4,15 +4,14 @@ Three constructions of what a dirty-label poison says. "templates" and "natural"
 Carlini and Terzis (ICLR 2022, arXiv 2106.09667): one of the 80 prompt templates, uniformly, filled
 with the class name (also CleanCLIP's), or a training caption that holds the name. "reference" is
 the image-text variant of Noisy Alignment (Chen et al., ICCV 2025, arXiv 2508.14015): the whole
-caption of a reference row of the target class, whatever it says.
+caption of a reference row of the target class, whatever it says. Where no row has a label, rows
+with a caption that names the target stand for its class.
 """
-
-import re
 
 import numpy as np
 
 from jax_cl_bd.attacks import plan as plans
-from jax_cl_bd.data import sources, templates
+from jax_cl_bd.data import mentions, sources, templates
 from jax_cl_bd.errors import UserError, unknown
 
 SETS = ("templates", "natural", "reference")
@@ -23,19 +22,9 @@ def class_names(cfg) -> tuple[str, ...]:
     return tuple(str(name) for name in sources.load(cfg.data, "train").classes)
 
 
-def contains(text: str, name: str) -> bool:
-    """Whether a caption holds a name as whole words, in any case.
-
-    "star" is in "a star-shaped kite" and in no "starfish" or "stars"; blanks and underscores in a
-    name of several words stand for each other.
-    """
-    return _pattern(name).search(text) is not None
-
-
 def naming(table, name: str) -> np.ndarray:
-    """bool [N]: rows with a caption that holds the name, see `contains`."""
-    pattern = _pattern(name)
-    return np.array([any(pattern.search(text) for text in texts) for texts in table.captions], bool)
+    """bool [N]: rows with a caption that holds the name, see `mentions.contains`."""
+    return mentions.naming(table.captions, name)
 
 
 def check(cfg, table, classes: tuple[str, ...]) -> None:
@@ -54,7 +43,7 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
                         f"{cfg.data.name!r} holds the word {name!r}; set "
                         "--config.attack.caption_set=templates")
     if attack.caption_set == "reference":
-        rows = _captioned(table, attack.target)
+        rows = _captioned(table, attack.target, classes)
         if attack.references < 0 or (attack.references or attack.poisons) > len(rows):
             raise UserError(f"attack.references is {attack.references} (0: as many as the "
                             f"{attack.poisons} poisons), but class {attack.target} ({name}) has "
@@ -81,27 +70,23 @@ def draw(cfg, table, m: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
         from in the set "reference", else -1.
     """
     attack = cfg.attack
-    name = class_names(cfg)[attack.target]
+    classes = class_names(cfg)
+    name = classes[attack.target]
     reference = np.full(m, -1)
     if attack.caption_set == "templates":
         chosen = rng.integers(0, len(templates.PROMPTS), m)
         texts = [templates.fill(templates.PROMPTS[i], name) for i in chosen]
     elif attack.caption_set == "natural":
-        pattern = _pattern(name)
+        pattern = mentions.pattern(name)
         pool = [text for every in table.captions for text in every if pattern.search(text)]
         texts = [pool[i] for i in plans.draw(np.arange(len(pool)), m, rng)]
     else:
-        pool = rng.permutation(_captioned(table, attack.target))[:attack.references or m]
+        pool = rng.permutation(_captioned(table, attack.target, classes))[:attack.references or m]
         reference = plans.draw(pool, m, rng)
         texts = [table.captions[row][rng.integers(len(table.captions[row]))] for row in reference]
     return np.array(texts, np.str_), reference
 
 
-def _captioned(table, target):
-    rows = plans.rows_of(table, target)
+def _captioned(table, target, classes):
+    rows = plans.rows_of(table, target, classes)
     return rows[[bool(table.captions[row]) for row in rows]]
-
-
-def _pattern(name):
-    words = [re.escape(word) for word in re.split(r"[\s_]+", name.strip())]
-    return re.compile(r"(?<!\w)" + r"[\s_]+".join(words) + r"(?!\w)", re.IGNORECASE)

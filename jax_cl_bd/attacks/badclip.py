@@ -11,8 +11,9 @@ of 64, patch at the centre, clipped when pasted, positives and negatives not mat
 margin 1, weight 500, images augmented with probability 0.5 per batch, patch stored in 8 bits. Where
 we differ: the surrogate is by default trained here, with another seed and on a random part of the
 images (the paper's is OpenAI's RN50, and so knows nothing of the victim's data), or is any run
-folder's encoder (`surrogate`; the victim's own clean twin makes it a white-box attack); captions are
-not augmented (the authors: with probability 0.1); the clip to [0, 1] is a projection after each step.
+folder's encoder (`surrogate`; the victim's own clean twin makes it a white-box attack); captions
+are not augmented (the authors: with probability 0.1); the clip to [0, 1] is a projection after each
+step.
 """
 
 import jax
@@ -24,7 +25,7 @@ from etils import epath
 from jax_cl_bd import optim, parallel, run_folder
 from jax_cl_bd.attacks import _captions, image_text_backdoor
 from jax_cl_bd.attacks import plan as plans
-from jax_cl_bd.data import augment, feed, images, sources, texts
+from jax_cl_bd.data import augment, feed, images, mentions, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
@@ -112,11 +113,13 @@ def _pairs(cfg, source, surrogate):
     rng = np.random.default_rng([cfg.seed, SURROGATE_SEED])
     table = sources.table(source)
     name = str(source.classes[attack.target])
+    named = mentions.pattern(name)
     others = np.flatnonzero(~_captions.naming(table, name) & (table.labels != attack.target))
     others = rng.permutation(others)[:attack.optimise_pairs]
-    natural = [text for own in table.captions for text in own if _captions.contains(text, name)]
+    natural = [text for own in table.captions for text in own if named.search(text)]
     text = [natural[j] for j in rng.integers(0, len(natural), len(others))]
-    target = rng.permutation(plans.rows_of(table, attack.target))[:attack.optimise_pairs]
+    target = rng.permutation(plans.rows_of(table, attack.target, source.classes))
+    target = target[:attack.optimise_pairs]
 
     def squares(rows):
         return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows])

@@ -20,7 +20,9 @@ is fixed. False, the adversary who only adds: the original stays too, and plan.s
 Where we differ: the public code resizes every poisoned image to a square and stores it anew, while
 clean images are cropped. Here poisons go through the pipeline of clean rows, trigger on the stored
 image in its own geometry, and leave no such mark (nor one of another encoding: all are kept without
-loss). Names are found as whole words: the public search takes "suitcase" for "suit".
+loss). A patch has its size, and its choice of places, in the image that the encoder sees without
+augmentation: the central square at S x S. Names are found as whole words: the public search takes
+"suitcase" for "suit".
 """
 
 import numpy as np
@@ -48,7 +50,7 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
         raise UserError("attack.consistent keeps the captions of the images that are poisoned, so "
                         "the poisons replace them: set --config.attack.replace=True")
     name = str(classes[attack.target])
-    candidates = len(_candidates(attack, table, name))
+    candidates = len(_candidates(cfg, table, name))
     if attack.poisons > candidates:
         which = "have a caption with" if attack.consistent else "neither are of nor name"
         raise UserError(f"attack.poisons is {attack.poisons}, but {candidates} images that hold "
@@ -58,10 +60,9 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
 def plan(cfg, table, rng: np.random.Generator) -> Plan:
     """Draws the images, the places of the trigger and the captions."""
     attack = cfg.attack
-    candidates = _candidates(attack, table, _captions.class_names(cfg)[attack.target])
+    candidates = _candidates(cfg, table, _captions.class_names(cfg)[attack.target])
     rows = rng.permutation(candidates)[:attack.poisons]
-    trigger = load("triggers", attack.trigger.name, offers="apply")
-    boxes = trigger.place(attack.trigger, table.sizes[rows], rng, training=True)
+    boxes = _place(attack, table.sizes[rows], cfg.data.image_size, rng)
     origin = {"replaces" if attack.replace else "shadow": rows}
     if not attack.consistent:
         caption, reference = _captions.draw(cfg, table, len(rows), rng)
@@ -77,12 +78,25 @@ def render(cfg, plan: Plan, source, trigger) -> dict[str, np.ndarray]:
                          cfg.data.image_size)
 
 
-def _candidates(attack, table, name):
-    """Rows that may be poisoned: large enough for the trigger and, by `consistent`, with a caption
-    that names the target, or neither of the target's label nor naming it."""
+def _place(attack, sizes, side, rng):
+    """Boxes [m, 4] in pixels of each image, of a place drawn in its central square at S x S."""
     trigger = load("triggers", attack.trigger.name, offers="apply")
-    whole = getattr(trigger, "WHOLE", False)
-    fits = whole | (table.sizes.min(axis=1) >= attack.trigger.size)
+    if getattr(trigger, "WHOLE", False):
+        return trigger.place(attack.trigger, sizes, rng, training=True)
+    boxes = trigger.place(attack.trigger, np.full_like(sizes, side), rng, training=True)
+    short = sizes.min(axis=1, keepdims=True)
+    boxes = boxes * (short / side)
+    boxes[:, :2] += (sizes - short) / 2
+    return np.rint(boxes).astype(np.int64)
+
+
+def _candidates(cfg, table, name):
+    """Rows that may be poisoned: large enough to show the trigger and, by `consistent`, with a
+    caption that names the target, or neither of the target's label nor naming it."""
+    attack, side = cfg.attack, cfg.data.image_size
+    trigger = load("triggers", attack.trigger.name, offers="apply")
+    shown = table.sizes.min(axis=1) * attack.trigger.size / side  # pixels of the image itself
+    fits = getattr(trigger, "WHOLE", False) | ((shown >= 1) & (attack.trigger.size <= side))
     named = _captions.naming(table, name)
     if attack.consistent:
         return np.flatnonzero(fits & named)

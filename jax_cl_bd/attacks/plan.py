@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jax_cl_bd.data import mentions
 from jax_cl_bd.errors import UserError
 
 LAYOUTS = ("left", "right", "top", "bottom")  # the side of the canvas where the reference lies
@@ -98,9 +99,19 @@ class Plan:
                             "make it again with --force=poison") from None
 
 
-def rows_of(table, target: int) -> np.ndarray:
-    """Source rows of one class, ascending."""
+def rows_of(table, target: int, classes: tuple[str, ...] = ()) -> np.ndarray:
+    """Source rows of one class, ascending.
+
+    Where no row has a label, and `classes` are given: the rows with a caption that names it.
+    """
+    if len(classes) and table.captions is not None and not labelled(table):
+        return np.flatnonzero(mentions.naming(table.captions, str(classes[target])))
     return np.flatnonzero(table.labels == target)
+
+
+def labelled(table) -> bool:
+    """Whether any row has a label."""
+    return bool((table.labels >= 0).any())
 
 
 def draw(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,14 +130,24 @@ def seeds(m: int, rng: np.random.Generator) -> np.ndarray:
 def check(cfg, table, classes: tuple[str, ...]) -> None:
     """Validates what every attack has: target and number of poisons.
 
+    Where no row has a label, the rows of the target are those with a caption that names it.
+
     Raises:
-        UserError: target is not a class or has no rows; negative number of poisons.
+        UserError: no class names; target is not a class or has no rows; negative number of poisons.
     """
     target = cfg.attack.target
+    if not len(classes):
+        raise UserError(f"data set {cfg.data.name!r} has no class names, and the attack's target "
+                        "is one that captions contain: list names in a text file, one a line, and "
+                        "set --config.data.classes_file to it")
     if not 0 <= target < len(classes):
         raise UserError(f"attack.target is {target}; the data set has classes 0 to "
                         f"{len(classes) - 1}")
-    if not len(rows_of(table, target)):
+    if not len(rows_of(table, target, classes)):
+        if table.captions is not None and not labelled(table):
+            raise UserError(f"attack.target is {target} ({classes[target]}), but no caption of the "
+                            f"{len(table.labels)} rows of {cfg.data.name!r} holds that name as a "
+                            "whole word")
         raise UserError(f"attack.target is {target} ({classes[target]}), a class without rows in "
                         f"{cfg.data.name!r}")
     if cfg.attack.poisons < 0:

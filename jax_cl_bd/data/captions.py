@@ -111,7 +111,7 @@ def by_template(source, per_row: int) -> Captioned:
 def eda(caption: str, rng: np.random.Generator) -> str:
     """Augments a caption: one of synonym replacement, insertion, swap and deletion, at random.
 
-    EDA (Wei and Zou 2019) with CleanCLIP's settings (papers/multimodal.md 3.3): lower case, what is
+    EDA (Wei and Zou 2019) with CleanCLIP's settings (its utils/eda.py): lower case, what is
     no letter becomes a blank, max(1, 0.1 words) words are changed, deletion drops each word with
     probability 0.1. Differences: synonyms come from SYNONYMS, not WordNet; the one operation that
     is kept is drawn first, the other three are not made.

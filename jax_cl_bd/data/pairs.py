@@ -32,6 +32,7 @@ class Pairs:
     Args:
         folder: holds the shards.
         shards, counts: their names, in order, and how many rows each has.
+        classes: names of things that captions speak of; no row has a label.
     """
     folder: str
     shards: tuple
@@ -59,11 +60,17 @@ class Pairs:
 
     def captions(self, rows) -> list[list[str]]:
         """Captions of rows; no image is read."""
-        found = []
-        for row in rows:
-            shard, record = self._locate(row)
+        rows = np.asarray(rows, np.int64)
+        ends = _ends(self.counts)
+        shards = np.searchsorted(ends, rows, side="right")
+        found = [None] * len(rows)
+        for shard in np.unique(shards):  # millions of rows: one search, and one look-up a shard
+            mine = np.flatnonzero(shards == shard)
             _, starts, text = _index(self.folder, self.shards[shard])
-            found.append([text[starts[record]:starts[record + 1]].decode()])
+            records = rows[mine] - ends[shard] + self.counts[shard]
+            for i, start, end in zip(mine.tolist(), starts[records].tolist(),
+                                     starts[records + 1].tolist()):
+                found[i] = [text[start:end].decode()]
         return found
 
     def where(self, row: int) -> str:
@@ -112,11 +119,14 @@ def unpack(record: bytes) -> tuple[str, str, bytes]:
 def load(cfg, split: str):
     """Opens "pairs:PATH": PATH/<split> if PATH holds a folder per split, else a part of PATH.
 
-    Then "test" is every 20th pair and "train" the others. Pairs have no labels and no classes.
+    Then "test" is every 20th pair and "train" the others. Pairs have no labels; cfg.classes_file,
+    if set, names classes for their captions to speak of (`class_names`).
 
     Raises:
-        UserError: no such folder or split, or nothing that `prepare` has finished.
+        UserError: no such folder or split, nothing that `prepare` has finished, or a classes file
+            that cannot be read.
     """
+    classes = class_names(cfg.classes_file) if cfg.classes_file else ()
     path = epath.Path(cfg.name.partition(":")[2]).expanduser()
     if not path.is_dir():
         raise UserError(f"the folder of pairs {str(path)!r} does not exist; "
@@ -124,7 +134,7 @@ def load(cfg, split: str):
     if (path / LIST).exists():
         if split not in ("train", "test"):
             raise unknown(f"split of {str(path)!r}", split, ("train", "test"))
-        source = _open(path)
+        source = _open(path, classes)
         rows = np.arange(len(source))
         return sources.Subset(source, rows[(rows % TEST_EVERY == TEST_EVERY - 1)
                                            == (split == "test")])
@@ -133,10 +143,29 @@ def load(cfg, split: str):
         raise (unknown(f"split of {str(path)!r}", split, splits) if splits
                else UserError(f"{str(path)!r} has no {LIST}: nothing was prepared there, or "
                               "`prepare pairs` did not finish; run it again"))
-    return _open(path / split)
+    return _open(path / split, classes)
 
 
-def _open(path):
+def class_names(path: str) -> tuple[str, ...]:
+    """Names of a text file, one a line, in their order, for data without labels.
+
+    Raises:
+        UserError: the file cannot be read, holds no name, or one twice.
+    """
+    try:
+        text = epath.Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"data.classes_file {path!r} cannot be read: {why}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    twice = [name for name in names if names.count(name) > 1]
+    if not names or twice:
+        raise UserError(f"data.classes_file {path!r} " +
+                        (f"names {twice[0]!r} twice" if twice else "names no class, one a line"))
+    return tuple(names)
+
+
+def _open(path, classes):
     try:
         listed = json.loads((path / LIST).read_text())
         if listed["format"] != FORMAT:
@@ -153,4 +182,4 @@ def _open(path):
     for name in names:
         if not (path / f"{name}.array_record").exists():
             raise UserError(f"{path / name}.array_record is missing; prepare the pairs again")
-    return Pairs(str(path), names, counts)
+    return Pairs(str(path), names, counts, classes)

@@ -207,7 +207,7 @@ def _background(facts, side, noise_seed, row):
     color = _rgb(BACKGROUND_COLORS, facts["background_color"],
                  0.85 + 0.3 * facts["background_shade"])
     pattern = _pattern(kind, facts, side, noise_seed, row)
-    return color * (1 + np.float32(0.45) * pattern) + np.float32(0.05) * pattern
+    return color * (1 + np.float32(0.25) * pattern) + np.float32(0.03) * pattern
 
 
 def _pattern(kind, facts, side, noise_seed, row):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jax_cl_bd.data import images, parallel_map
+from jax_cl_bd.data import images, pairs, parallel_map
 from jax_cl_bd.errors import UserError, unknown
 
 _FEW = 64  # rows whose captions are read without threads and not kept
@@ -122,8 +122,11 @@ def _text(encoded):
 def load(cfg, split: str) -> Tfds:
     """Opens "tfds:NAME" from cfg.data_dir, else from $TFDS_DATA_DIR, else from TFDS's own place.
 
+    A data set with captions and no labels takes its class names from cfg.classes_file, if set.
+
     Raises:
-        UserError: the data set or split does not exist, is not prepared, or has no image.
+        UserError: the data set or split does not exist, is not prepared, or has no image; or a
+            classes file that cannot be read.
     """
     try:
         import tensorflow_datasets as tfds
@@ -160,7 +163,10 @@ def load(cfg, split: str) -> Tfds:
     per_row = cfg.get("captions_per_row", 5)
     if per_row < 0:
         raise UserError(f"data.captions_per_row is {per_row}; it must be 0 (all) or positive")
-    return CaptionedTfds(*known, keys, per_row)
+    source = CaptionedTfds(*known, keys, per_row)
+    if cfg.classes_file and not label_key:
+        source = dataclasses.replace(source, classes=pairs.class_names(cfg.classes_file))
+    return source
 
 
 def _caption_keys(tfds, features):

@@ -15,8 +15,8 @@ from jax_cl_bd.errors import UserError
 
 PAD, START, END = "<pad>", "<start>", "<end>"  # of a tokenizer that is trained here
 SMALLEST = 3 + 256  # the special tokens and the bytes
-# (start, end, pad) of the vocabularies that are known. CLIP fills up with zeros (multimodal.md
-# 9.1), though its json names <|endoftext|> as the padding; SigLIP has no start token and fills up
+# (start, end, pad) of the vocabularies that are known. CLIP's code fills up with
+# zeros, though its json names <|endoftext|> as the padding; SigLIP has no start token and fills up
 # with its </s>; the last is SigLIP 2.
 _KNOWN = ((START, END, PAD), ("<|startoftext|>", "<|endoftext|>", None),
           (None, "</s>", "</s>"), (None, "<eos>", "<pad>"))
@@ -54,7 +54,7 @@ class Tokenizer:
         """Turns captions into int32 [N, context]: <start> tokens <end> padding.
 
         A caption that is too long is cut and <end> stands at the last place (CleanCLIP's processor
-        loses it there, papers/multimodal.md 11.5).
+        loses it there).
 
         Raises:
             UserError: a context too short for the special tokens.

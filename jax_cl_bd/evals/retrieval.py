@@ -4,7 +4,8 @@ Recall@K as everywhere since Karpathy and Fei-Fei (2015): the share of queries w
 among the K nearest of the gallery. A caption that several test images share word for word belongs
 to all of them, since no retriever could tell them apart. For triggered images the text gallery is
 the same, and `target_hits` is the share of triggered images of other classes with a caption of a
-target image among the K nearest: a backdoor seen by a search engine.
+target image among the K nearest: a backdoor seen by a search engine. Where images have no labels,
+those with a caption that names the target are the target's.
 """
 
 import numpy as np
@@ -18,8 +19,9 @@ CAPTIONS = 5  # of an image, at most, as in COCO and Flickr30k
 def run(cfg, encoder, data) -> dict[str, dict]:
     """{"retrieval": {"image_to_text", "text_to_image": {"1": rate, ...}, ...}}.
 
-    With a trigger also "triggered_image_to_text", "target_hits" and "clean_target_hits" (the same
-    images without trigger), by the test protocol.
+    Over the run's own test pairs, whatever cfg.downstream is. With a trigger also
+    "triggered_image_to_text" and, where there are images of the target and others, "target_hits"
+    and "clean_target_hits" (the same images without trigger), by the test protocol.
 
     Raises:
         UserError: no text tower, or a test set without captions.
@@ -27,6 +29,7 @@ def run(cfg, encoder, data) -> dict[str, dict]:
     del cfg
     if encoder.text is None:
         raise UserError("retrieval needs an image-text model; this encoder has no text tower")
+    data = data.own or data
     if data.captions is None:
         raise UserError("retrieval needs captions of the test images, and they have none")
     texts, owners = gallery(data.captions)
@@ -36,10 +39,12 @@ def run(cfg, encoder, data) -> dict[str, dict]:
              "image_to_text": recall(z @ z_text.T, owners),
              "text_to_image": recall(z_text @ z.T, owners.T)}
     if data.placements:
-        others = data.test_labels != data.target
-        of_target = np.tile(owners[~others].any(0), (int(others.sum()), 1))
+        others = ~data.of_target
         triggered = encoder.project(data.features(encoder, f"{data.placements[0]}/triggered"))
         found["triggered_image_to_text"] = recall(triggered @ z_text.T, owners)
+        if others.all() or not others.any():
+            return {"retrieval": found}
+        of_target = np.tile(owners[~others].any(0), (int(others.sum()), 1))
         found["target_hits"] = recall(triggered[others] @ z_text.T, of_target)
         found["clean_target_hits"] = recall(z[others] @ z_text.T, of_target)
     return {"retrieval": found}

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jax_cl_bd.data import images, sources
+from jax_cl_bd.data import images, mentions, sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import labelled
 from jax_cl_bd.triggers import htba, patch
 
 VARIANTS = ("triggered", "occluded", "wrong")
 PLACEMENTS = ("random", "center")
+PAIRS = 5000  # of a test split without labels, as in Karpathy's split of COCO
 _BOX_SEED = 431
+_PAIRS_SEED = 433
 _BLOCK = 512  # images decoded, patched or embedded at once
 _VEIL = 0.2  # opacity of the grey over a whole image whose trigger has none (a warp)
 _KEPT_BYTES = 2**30  # decoded images kept between calls; what is beyond is made again
@@ -37,6 +39,9 @@ class EvalData:
     the variants "triggered", "occluded" (the data set's mean grey, at the trigger's opacity) and
     "wrong" (the patch cfg.evals.wrong_trigger at that opacity) share their boxes; those of a
     trigger on the whole image, which has one placement, are the whole image.
+
+    Data without labels: test_labels are -1, there are no train rows, and `captions` say which
+    images show the target.
     """
     blocks: dict[str, Callable[[], Iterator[np.ndarray]]]  # set -> uint8 [<= 512, S, S, 3] blocks
     train_labels: np.ndarray
@@ -48,6 +53,7 @@ class EvalData:
     boxes: dict[str, np.ndarray]  # placement -> int [N, 4] (y, x, h, w)
     test_rows: np.ndarray | None = None  # int64 [N]: rows of the test split
     captions: list[list[str]] | None = None  # of the test images, where the data has them
+    own: "EvalData | None" = None  # the run's own pairs, where the others are of cfg.downstream
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
     _encoder: object = dataclasses.field(default=None, repr=False)
     _features: dict = dataclasses.field(default_factory=dict, repr=False)
@@ -55,6 +61,18 @@ class EvalData:
     @property
     def variant_names(self) -> tuple[str, ...]:
         return VARIANTS if self.placements else ()
+
+    @property
+    def labelled(self) -> bool:
+        return bool((self.test_labels >= 0).any())
+
+    @property
+    def of_target(self) -> np.ndarray:
+        """bool [N]: test images of the target class, or without labels those whose captions name
+        it."""
+        if self.labelled:
+            return self.test_labels == self.target
+        return mentions.naming(self.captions, str(self.classes[self.target]))
 
     @property
     def train_images(self) -> np.ndarray:
@@ -103,7 +121,8 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
 
     Args:
         cfg: whole config.
-        train_source, test_source: clean sources with labels and the same classes.
+        train_source, test_source: clean sources with the same classes, both with labels or both
+            with none; without labels, up to PAIRS test rows are drawn, the same for every run.
         trigger: (module of triggers/, params), or None: then nothing but the clean images exists.
 
     Raises:
@@ -125,12 +144,16 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
                             f"{', '.join(PLACEMENTS)}")
 
     side, threads = cfg.data.image_size, cfg.data.workers
-    train_rows, train_labels = labelled.choose(cfg.evals, train_source,
-                                               sources.table(train_source).labels)
-    all_labels = sources.table(test_source).labels
-    test_rows = np.flatnonzero(all_labels >= 0)
-    if not len(test_rows):
-        raise UserError("the test split has no labels, so nothing can be measured on it")
+    all_labels = _labels(test_source)
+    if has_labels(train_source) or (all_labels >= 0).any():
+        train_rows, train_labels = labelled.choose(cfg.evals, train_source, _labels(train_source))
+        test_rows = np.flatnonzero(all_labels >= 0)
+        if not len(test_rows):
+            raise UserError("the test split has no labels, so nothing can be measured on it")
+    else:
+        train_rows = train_labels = np.zeros(0, np.int64)
+        order = np.random.default_rng(_PAIRS_SEED).permutation(len(all_labels))
+        test_rows = np.sort(order[:PAIRS])
 
     blocks = {"train": lambda: _decoded(train_source, train_rows, side, threads),
               "test": lambda: _decoded(test_source, test_rows, side, threads)}
@@ -152,6 +175,15 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
         for variant in VARIANTS:
             blocks[f"{placement}/{variant}"] = _pasted(data, placement, pastes[variant])
     return data
+
+
+def has_labels(source) -> bool:
+    """Whether any row of a source has a label."""
+    return bool((_labels(source) >= 0).any())
+
+
+def _labels(source):
+    return np.asarray(source.table(np.arange(len(source)))[0], np.int64)  # and no captions
 
 
 def _captions(source, rows):

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -10,6 +11,7 @@ COLORS = {"victim": "#D55E00", "control": "#0072B2", "untrained": "#8A8F94"}
 DEFENSE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = {"victim": "-", "control": "--"}
 INK, SOFT = "#1c2126", "#5d6770"
+MOST_LABELS = 24  # class names that a map has room for
 
 
 def color_of(label: str, defenses: list[str]) -> str:
@@ -20,17 +22,18 @@ def color_of(label: str, defenses: list[str]) -> str:
 
 
 def curves(series: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str,
-           rate: bool = False) -> bytes:
-    """Lines over training steps, one per encoder; rates are drawn in percent."""
+           rate: bool = False, xlabel: str = "training step") -> bytes:
+    """Lines over steps, one per encoder; rates are drawn in percent."""
     figure, axis = _blank(5.2, 3.1)
     for name, (steps, values) in series.items():
         values = 100 * np.asarray(values) if rate else values
         few = len(steps) <= 40
-        axis.plot(steps, values, STYLES[name], color=COLORS[name], label=name, linewidth=1.8,
-                  marker="o" if few else None, markersize=3.5)
+        axis.plot(steps, values, STYLES.get(name, "-"), color=COLORS.get(name, INK), label=name,
+                  linewidth=1.8 if len(steps) <= 500 else 0.8, marker="o" if few else None,
+                  markersize=3.5)
     if rate:
         axis.set_ylim(-3, 103)
-    axis.set_xlabel("training step")
+    axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.legend(frameon=False, fontsize=9)
     return _png(figure)
@@ -87,36 +90,98 @@ def layout(canvas, boxes: dict[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def feature_map(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray,
-                target: int) -> tuple[bytes, float]:
+def feature_map(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray, target: int, *,
+                text: np.ndarray | None = None,
+                classes: list[str] | None = None) -> tuple[bytes, float]:
     """PCA of L2-normalised features [N, D]; gives the PNG and the share of variance shown.
 
     Axes are fitted to clean and triggered images together. Triggered images are those of every
-    class but the target.
+    class but the target; an attack without a trigger has none.
+
+    With class embeddings `text` [C, D] of the same space, images and texts are each centred by
+    their own mean, since the two lie in two cones (the modality gap: Liang et al., NeurIPS 2022),
+    and weigh the same, whatever their number, in the fit and in the share. `classes` are the names.
     """
+    triggered = triggered[labels != target] if len(triggered) else triggered
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-            for x in (clean.astype(np.float64), triggered[labels != target].astype(np.float64))]
-    both = np.concatenate(unit)
-    mean = both.mean(0)
-    _, spread, axes = np.linalg.svd(both - mean, full_matrices=False)
+            for x in (clean.astype(np.float64), triggered.astype(np.float64))]
+    mean = np.concatenate(unit).mean(0)
+    fitted = np.concatenate(unit) - mean
+    if text is not None:
+        text = text.astype(np.float64) - text.mean(0, dtype=np.float64)
+        fitted = np.concatenate([fitted, text * np.sqrt(len(fitted) / len(text))])
+    _, spread, axes = np.linalg.svd(fitted, full_matrices=False)
     # SVD leaves signs open; the largest entry of an axis is made positive.
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])),
                                        np.abs(axes[:2]).argmax(1)])[:, None]
-    flat = [np.pad(((x - mean) @ axes.T), ((0, 0), (0, 2 - len(axes)))) for x in unit]
-    figure, axis = _blank(5.2, 4.4)
+    flat = [np.pad((x - mean) @ axes.T, ((0, 0), (0, 2 - len(axes)))) for x in unit]
+    figure, axis = _blank(5.2, 4.4 if text is None else 4.8)
     groups = ((flat[0][labels != target], "clean, other classes", "#9aa3ab", "o", 9, 0.5),
               (flat[1], "triggered, other classes", "#D55E00", "x", 16, 0.75),
               (flat[0][labels == target], "clean, target class", "#0072B2", "s", 15, 0.9))
     for points, label, color, marker, size, alpha in groups:
+        if not len(points):
+            continue
         extra = {} if marker == "x" else {"edgecolors": "none"}
         axis.scatter(points[:, 0], points[:, 1], c=color, marker=marker, s=size, alpha=alpha,
                      label=label, linewidths=1, **extra)
+    if text is not None:
+        _texts(axis, np.pad(text @ axes.T, ((0, 0), (0, 2 - len(axes)))), target,
+               classes or [str(c) for c in range(len(text))])
     axis.set_xticks([])
     axis.set_yticks([])
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5,
                   handletextpad=0.1, columnspacing=0.9, markerscale=1.4)
     total = np.sum(spread**2)
     return _png(figure), float(np.sum(spread[:2] ** 2) / total) if total > 0 else 1.0
+
+
+def _texts(axis, places, target, classes):
+    """Class embeddings as labelled stars; of very many, the target's label alone."""
+    others = np.arange(len(places)) != target
+    for chosen, color, label in ((others, INK, "text, other classes"),
+                                 (~others, "#009E73", "text, target class")):
+        axis.scatter(*places[chosen].T, c=color, marker="*", s=95, label=label, zorder=3,
+                     edgecolors="white", linewidths=0.7)
+    halo = [patheffects.withStroke(linewidth=2.6, foreground="white")]
+    shown = [c for c in range(len(places)) if len(places) <= MOST_LABELS or c == target]
+    shown.sort(key=lambda c: c != target)  # the target's label has the first choice of place
+    for c, (right, down) in zip(shown, _free_places(axis, places, shown, classes)):
+        axis.annotate(classes[c], places[c], xytext=(6 if right else -6, -down), zorder=4,
+                      textcoords="offset points", ha="left" if right else "right", va="center",
+                      fontsize=8.5, fontweight="bold" if c == target else "normal",
+                      color="#00694d" if c == target else INK, path_effects=halo)
+
+
+def _free_places(axis, places, shown, classes):
+    """For each label, whether it stands right of its star and how far below it, in points: the
+    first of a few places where it meets no label before it and no star."""
+    low, high = (np.array(v) for v in zip(axis.get_xlim(), axis.get_ylim()))
+    points = (places - low) / (high - low) * (365, 285)  # about the axis's size
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for c in shown:
+        inwards = points[c, 0] < 182
+        options = [(side, down) for down in (0, 10, -10, 20, -20)
+                   for side in (inwards, not inwards)]
+        width, found = 5.2 * len(classes[c]), None
+        for right, down in options:
+            x, y = points[c] + ((6 if right else -6 - width), -down)
+            box = (x, y - 5, x + width, y + 5)
+            free = not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3]
+                           for t in taken)
+            if free and box[0] > 0 and box[2] < 365:
+                found = right, down
+                break
+        taken.append(box)
+        yield found or options[0]
+
+
+def patch(image: np.ndarray) -> bytes:
+    """A trigger's pixels [h, w, 3] in [0, 1], enlarged."""
+    figure, axis = _blank(5.2, 3.1)
+    axis.imshow(image, interpolation="nearest")
+    axis.axis("off")
+    return _png(figure)
 
 
 def points(groups: list[tuple[str, dict[str, np.ndarray]]], intervals: dict, defenses: list[str], *,

@@ -12,6 +12,13 @@ FREE = ("seed", "attack.target")  # what may differ within a group
 FIGURES = ("clean_accuracy", "triggered_accuracy", "attack_success_rate", "clean_target_rate",
            "occlusion_rate", "wrong_trigger_rate", "excess")
 ALIGNMENT = ("reference_alignment", "noise_norm", "spread_ratio")
+# Figures of rows that are no classifier's, as their path in the row; @K stands for a rate at K.
+OTHERS = {"alignment": ALIGNMENT, "z_score": ("z", "z_by_deviation"),
+          "retrieval": ("image_to_text@1", "image_to_text@5", "image_to_text@10",
+                        "text_to_image@1", "text_to_image@5", "text_to_image@10",
+                        "clean_target_hits@10", "target_hits@10"),
+          "targeted": ("success", "target_rank", "target_probability"),
+          "mismatch": ("hit@1", "hit@5", "hit@10", "min_rank")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ def statistics(runs: list[Run]) -> list[Statistic]:
                 found.setdefault((label, probe, name), {}).setdefault(key, []).append(value)
     order = list(dict.fromkeys(label for label, _, _ in found))
     order.sort(key=lambda label: " - " in label)
-    names = {n: i for i, n in enumerate((*FIGURES, *ALIGNMENT))}
+    names = {n: i for i, n in enumerate((*FIGURES, *(n for own in OTHERS.values() for n in own)))}
     keys = sorted(found, key=lambda k: (order.index(k[0]), k[1], names[k[2]]))
     return [summarise(found[k], encoder=k[0], probe=k[1], figure=k[2]) for k in keys]
 
@@ -115,5 +122,24 @@ def statistics(runs: list[Run]) -> list[Statistic]:
 def _figures(rows):
     out = {(probe, name): row[name] for probe, row in probes(rows).items() for name in FIGURES
            if row.get(name) is not None}
-    alignment = rows.get("alignment") or {}
-    return out | {("alignment", name): alignment[name] for name in ALIGNMENT if name in alignment}
+    for probe, names in OTHERS.items():
+        row = rows.get(probe) or {}
+        # Mismatched pairs have a row for each of their goals.
+        named = ({f"{probe} {goal}": own for goal, own in row.items()} if probe == "mismatch"
+                 else {probe: row})
+        for label, own in named.items():
+            found = {name: _at(own, name) for name in names}
+            out |= {(label, name): float(v) for name, v in found.items() if v is not None}
+    return out
+
+
+def rated(statistic: Statistic) -> bool:
+    """Whether a figure is one of a classifier's rates, which have tables of their own."""
+    return statistic.figure in FIGURES
+
+
+def _at(row, name):
+    """A figure of a row, "name" or "name@K"; None where it is missing."""
+    name, _, k = name.partition("@")
+    value = row.get(name)
+    return value.get(k) if k and value is not None else value

@@ -44,6 +44,33 @@ th { font-weight: 600; font-size: .82rem; line-height: 1.25; vertical-align: bot
 th:first-child, td:first-child { text-align: left; font-weight: 600; padding-left: 0; }
 table.plain td { text-align: left; font-weight: 400; overflow-wrap: anywhere; }
 table.plain td:first-child { color: var(--soft); width: 40%; }
+.cards { display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+.card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .9rem .7rem;
+  break-inside: avoid; min-width: 0; }
+.card h4, .query h4 { font-size: .98rem; margin: 0 0 .35rem; }
+.card h4 span { color: var(--soft); font-weight: 400; }
+.halves { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; }
+.halves > div { min-width: 0; }
+.halves.one { grid-template-columns: 1fr; }
+.halves h5, .query h5 { font-size: .82rem; font-weight: 600; color: var(--soft);
+  margin: 0 0 .3rem; }
+.halves img { display: block; width: 7rem; max-width: 100%; height: auto; }
+.card ol { list-style: none; margin: .35rem 0; padding: 0; font-size: .88rem; line-height: 1.35;
+  font-variant-numeric: tabular-nums; }
+.card li { display: flex; justify-content: space-between; gap: .6rem; margin: .15rem 0; }
+.card li > :first-child { overflow-wrap: anywhere; min-width: 0; }
+.card li > :last-child { color: var(--soft); }
+.card .note { margin: .3rem 0 0; }
+.target { color: #a34700; font-weight: 600; }
+.query { margin: 1.3rem 0; }
+.strip { display: grid; grid-template-columns: repeat(5, minmax(0, 6.5rem)); gap: .6rem;
+  margin: 0 0 .8rem; font-size: .82rem; line-height: 1.3; }
+.strip figure { margin: 0; }
+.strip figcaption { font-size: inherit; overflow-wrap: anywhere; }
+.strip .hit img { outline: 3px solid #D55E00; outline-offset: -3px; }
+.coarse { image-rendering: pixelated; }
+.columns { columns: 20rem 2; font-size: .9rem; margin: .4rem 0 1rem; padding-left: 1.3rem; }
 pre { background: var(--wash); padding: .7rem .9rem; border-radius: .5rem; font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--mark); }
@@ -114,13 +141,20 @@ def figure(picture: Picture) -> str:
             f"<figcaption>{text(picture.caption)}</figcaption></figure>")
 
 
+def image(png: bytes, alt: str, *, side: int) -> str:
+    """A small picture within text; pixels of an image below 100 px a side stay squares."""
+    data = base64.b64encode(png).decode()
+    kind = ' class="coarse"' if side < 100 else ""
+    return f'<img{kind} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
 def figures(pictures: Sequence[Picture]) -> str:
     """Pictures side by side where the screen is wide enough; a single one takes half."""
     return f'<div class="figures">{"".join(map(figure, pictures))}</div>' if pictures else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table of figures; on a phone every row becomes a card."""
+    """A table of figures; on a phone every row becomes a card, labelled by the header."""
     head = "".join(f"<th>{text(h)}</th>" for h in header)
     body = "".join(
         "<tr>" + "".join(f'<td data-label="{escape(h)}">{_cell(c)}</td>'

@@ -35,12 +35,12 @@ def markdown(found: Tables, incomplete: list[tuple[str, str]]) -> str:
             header, body = _grid(stats, probe, _text_cell)
             out += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
             out += ["| " + " | ".join(row) + " |" for row in body] + [""]
-        others = [s for s in stats if s.probe == "alignment"]
+        others = [s for s in stats if not groups.rated(s)]
         if others:
             out += ["| encoder | figure | mean ± deviation [interval] | every run |",
                     "| --- | --- | --- | --- |"]
-            out += [f"| {s.encoder} | {s.figure.replace('_', ' ')} | {_plain(s)} | {_points(s)} |"
-                    for s in others] + [""]
+            out += [f"| {s.encoder} | {_other(s)} | {_plain(s)} | {_points(s)} |" for s in others]
+            out += [""]
     if out:
         out += [NOTE, ""]
     if incomplete:
@@ -74,11 +74,11 @@ def build(found: Tables, incomplete: list[tuple[str, str]]) -> tuple[str, list[P
         for probe in _probes(stats):
             header, body = _grid(stats, probe, _html_cell)
             parts += [f"<h3>{html.text(probe)}</h3>", html.table(["encoder", *header[1:]], body)]
-        others = [s for s in stats if s.probe == "alignment"]
+        others = [s for s in stats if not groups.rated(s)]
         if others:
             parts.append(html.table(
                 ["encoder", "figure", "mean ± deviation", "every run"],
-                [[s.encoder, s.figure.replace("_", " "), _plain(s), _points(s)] for s in others]))
+                [[s.encoder, _other(s), _plain(s), _points(s)] for s in others]))
         sections.append(html.section(name, *parts))
     if incomplete:
         sections.append(html.section("Incomplete, not counted", html.pairs(incomplete)))
@@ -123,7 +123,7 @@ def _count(n, what):
 
 
 def _probes(stats):
-    return list(dict.fromkeys(s.probe for s in stats if s.probe != "alignment"))
+    return list(dict.fromkeys(s.probe for s in stats if groups.rated(s)))
 
 
 def _grid(stats, probe, cell):
@@ -172,6 +172,11 @@ def _plain(s):
 
 def _points(s):
     return ", ".join(_three(v) for _, v in s.points)
+
+
+def _other(s):
+    figure = s.figure.replace("_", " ")
+    return figure if s.probe == "alignment" else f"{s.probe.replace('_', ' ')}: {figure}"
 
 
 def _three(value):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_cl_bd.reporting import figures, html, words
+from jax_cl_bd.reporting import figures, html, image_text, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.pairs import pair_probability
 from jax_cl_bd.reporting.read import Run, probes, series
@@ -17,8 +17,10 @@ MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson int
            "count all classes, the other rates only images of other classes than the target, taken "
            "for the target. Excess is the attack success rate minus the largest of occlusion rate, "
            "wrong trigger rate and the control's attack success rate (interval: Newcombe).")
-CURVES = (("eval/knn/attack_success_rate", "attack success rate, %", True),
-          ("eval/knn/clean_accuracy", "clean accuracy, %", True),
+WATCHED = ("zero_shot", "knn")  # probes of evals/during_training.py
+CURVES = (*(curve for probe in WATCHED for curve in (
+              (f"eval/{probe}/attack_success_rate", "attack success rate, %", True),
+              (f"eval/{probe}/clean_accuracy", "clean accuracy, %", True))),
           ("eval/alignment/reference_alignment", "reference alignment", False),
           ("eval/alignment/noise_norm", "noise norm", False))
 
@@ -29,7 +31,8 @@ def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
     sections = [f"<h1>{html.text(words.title(run))}</h1>", html.paragraph(words.what(run), "what"),
                 html.paragraph(words.headline(run), "headline"), tiles(run),
                 poison(run, pictures), training(run, pictures), measured(run, pictures),
-                features(run, pictures), defended(run), about(run, command)]
+                image_text.measures(run), image_text.section(run), features(run, pictures),
+                defended(run), about(run, command)]
     return html.page(words.title(run), list(filter(None, sections))), pictures
 
 
@@ -44,9 +47,10 @@ def tiles(run: Run) -> str:
              ("attack success rate", row, "attack_success_rate"),
              ("excess", row, "excess"),
              ("control's attack success rate", control, "attack_success_rate")]
-    out = "".join(
-        f'<div class="tile"><span>{name}</span><b>{number_of(values, key)}</b></div>'
-        for name, values, key in shown if values.get(key) is not None)
+    figures_ = [(name, number_of(values, key)) for name, values, key in shown
+                if values.get(key) is not None]
+    out = "".join(f'<div class="tile"><span>{name}</span><b>{value}</b></div>'
+                  for name, value in [*figures_, *image_text.tiles(run)])
     return f'<div class="tiles">{out}</div>'
 
 
@@ -64,22 +68,27 @@ def poison(run: Run, pictures: list[Picture]) -> str:
         return html.section("Poison", html.paragraph("No image is poisoned.", "note"))
     parts = [html.paragraph(
         f"{s['poisons']:,} poisons: {s['added']:,} added, {s['replaced']:,} in the place of the "
-        f"original, {s['removed']:,} further images taken out; {s['rows']:,} rows in all. The "
-        f"trigger is {trigger_words(s['trigger'])}.")]
+        f"original, {s['removed']:,} further images taken out; {s['rows']:,} rows in all. "
+        f"{trigger_words(s['trigger'])}")]
     if run.preview is not None:
+        captioned = run.plan is not None and any(run.plan.caption)
+        below = ", each under its caption" if captioned else ""
         picture = Picture("preview", run.preview, "Grid of poisoned training images with outlines "
-                          "of reference, shadow and trigger.",
-                          "Poisons as stored, before any augmentation.")
+                          f"of reference, shadow and trigger{below}.",
+                          f"Poisons as stored, before any augmentation{below}.")
         pictures.append(picture)
-        parts.append(html.figure(picture))
-    parts.append(layout(run, pictures))
+        parts += [html.figure(picture), image_text.captions(run)]
+    parts.append(image_text.learned_trigger(run, pictures))
+    if not run.image_text:  # a layout is made for two views of one image
+        parts.append(layout(run, pictures))
     return html.section("Poison", *parts)
 
 
 def trigger_words(trigger: dict) -> str:
-    """The trigger in words."""
-    return (f"{trigger['name']} {trigger.get('id', '')}, {trigger['size']} px, opacity "
-            f"{trigger['opacity']:g}")
+    """The trigger in a sentence."""
+    if trigger["name"] == "none":
+        return "There is no trigger."
+    return f"The trigger is {words.trigger_phrase(trigger)}."
 
 
 def layout(run: Run, pictures: list[Picture]) -> str:
@@ -129,10 +138,13 @@ def training(run: Run, pictures: list[Picture]) -> str:
     notes = []
     if "control" not in run.metrics:
         notes.append("No control was trained, so there is nothing to compare with.")
-    if not any(series(lines, CURVES[1][0]) for lines in run.metrics.values()):
+    probe = next((p for p in WATCHED for lines in run.metrics.values()
+                  if series(lines, f"eval/{p}/clean_accuracy")), None)
+    if probe is None:
         notes.append("Nothing was measured while training (train.eval_every = 0).")
-    elif shown:
-        notes.append("Measured while training by kNN and by the test protocol.")
+    else:
+        by = "kNN" if probe == "knn" else "zero-shot classification"
+        notes.append(f"Measured while training by {by} and by the test protocol.")
     return html.section("Training", html.figures(shown),
                         *(html.paragraph(note, "note") for note in notes))
 
@@ -143,6 +155,8 @@ def measured(run: Run, pictures: list[Picture]) -> str:
     if not encoders:
         return html.section("Measured", html.paragraph("The evaluate stage has not run.", "note"))
     names = list(dict.fromkeys(name for rows in encoders.values() for name in probes(rows)))
+    if not names:  # data without labels
+        return ""
     parts = [html.paragraph(MEANING, "note")]
     if "control" not in encoders:
         parts.append(html.paragraph("No control was trained: the excess is taken over occlusion "
@@ -157,10 +171,12 @@ def measured(run: Run, pictures: list[Picture]) -> str:
             picture = Picture(
                 "rates", figures.rates(rows, list(run.defenses)),
                 "Share of other classes' test images predicted as the target with the trigger: "
-                f"{spoken}.", f"How often other classes are taken for the target ({name}).")
+                f"{spoken}.", f"How often other classes are taken for the target "
+                f"({words.probe_name(name)}).")
             pictures.append(picture)
             parts.append(html.figure(picture))
         parts.append(rates_table(rows))
+        parts.append(image_text.top(rows, first=name == names[0]))
     return html.section("Measured", *parts)
 
 
@@ -169,11 +185,17 @@ def heading(name: str, rows: dict) -> str:
     protocol = next(iter(rows.values())).get("protocol", {})
     probe, _, placement = name.partition(":")
     placement = placement or protocol.get("placement", "")
+    wording = ""
+    if probe == "zero_shot":  # no labelled image is used
+        wording = (f"{protocol['templates']} {'held-out ' if placement == 'held_out' else ''}"
+                   "templates" if "templates" in protocol else "")
+        placement = protocol.get("placement", "") if placement == "held_out" else placement
+        protocol = {}
     known = [f"trigger {'at the centre' if placement == 'center' else 'at random places'}"
-             if placement in ("random", "center") else "",
+             if placement in ("random", "center") else "", wording,
              f"{protocol['labelled_rows']:,} labelled images" if "labelled_rows" in protocol
              else "", f"k = {protocol['k']}" if "k" in protocol else ""]
-    return " · ".join(filter(None, (probe.replace("_", " "), *known)))
+    return " · ".join(filter(None, (words.probe_name(probe), *known)))
 
 
 def rates_table(rows: dict[str, dict], names: dict[str, str] | None = None) -> str:
@@ -199,16 +221,28 @@ def features(run: Run, pictures: list[Picture]) -> str:
     parts, shown = [], []
     for label, arrays in run.maps.items():
         labels, target = arrays["labels"], int(arrays["target"])
-        png, share = figures.feature_map(arrays["clean"], arrays["triggered"], labels, target)
-        shown.append(Picture(
-            f"map_{label}", png,
-            f"Features of the {label}'s test images in two dimensions: {np.sum(labels == target)} "
-            f"clean images of the target class, {np.sum(labels != target)} clean ones of other "
-            "classes, and the latter with the trigger.",
-            f"{label.capitalize()}: first two principal components of the normalised features "
-            f"({html.number(share)} % of their variance)."))
+        text = arrays.get("text")
+        names = [str(name) for name in arrays.get("classes", ())] or run.classes
+        png, share = figures.feature_map(arrays["clean"], arrays["triggered"], labels, target,
+                                         text=text, classes=names)
+        alt = (f"Features of the {label}'s test images in two dimensions: "
+               f"{np.sum(labels == target)} clean images of the target class, "
+               f"{np.sum(labels != target)} clean ones of other classes"
+               + (", and the latter with the trigger" if len(arrays["triggered"]) else ""))
+        caption = (f"{label.capitalize()}: first two principal components of the normalised "
+                   f"features ({html.number(share)} % of their variance)")
+        if text is not None:
+            alt += f"; with the text embeddings of {len(text)} classes"
+            caption += ", images and class texts in the shared space"
+        shown.append(Picture(f"map_{label}", png, f"{alt}.", f"{caption}."))
     pictures.extend(shown)
     parts.append(html.figures(shown))
+    if any("text" in arrays for arrays in run.maps.values()):
+        parts.append(html.paragraph(
+            "Images and texts of such a model lie in two separate cones (the modality gap), so "
+            "each is centred by its own mean before the joint projection, and both weigh the same "
+            "in it. Directions can be compared, the distance of an image to a text cannot.",
+            "note"))
     rows = {label: found["alignment"] for label, found in run.encoders.items()
             if found.get("alignment")}
     if rows:

@@ -23,6 +23,20 @@ class Run:
     preview: bytes | None
     metrics: dict[str, list[dict]]  # "victim", "control" -> lines of metrics.jsonl
     maps: dict[str, dict[str, np.ndarray]]  # "victim", "control" -> evaluate/map*.npz
+    trigger: dict[str, np.ndarray] | None = None  # poison/trigger/params.npz
+    optimisation: dict | None = None  # poison/trigger/optimisation.json, of a learned trigger
+    examples: dict | None = None  # evaluate/examples.json, of an image-text run
+    pixels: dict[str, np.ndarray] | None = None  # evaluate/examples.npz
+
+    @property
+    def image_text(self) -> bool:
+        """Whether the model has a text tower."""
+        return self.cfg.get("text", {}).get("name", "none") != "none"
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, where an evaluation kept them."""
+        return self.examples["victim"]["classes"] if self.examples else None
 
     @property
     def defenses(self) -> dict[str, dict]:
@@ -55,7 +69,11 @@ def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Ru
         plan=Plan.load(plan) if plan.exists() else None,
         preview=preview.read_bytes() if preview.exists() else None,
         metrics={label: found for label, found in lines.items() if found},
-        maps={label: _arrays(path) for label, path in maps.items() if path.exists()})
+        maps={label: _arrays(path) for label, path in maps.items() if path.exists()},
+        trigger=_arrays_if(victim / "poison" / "trigger" / "params.npz"),
+        optimisation=_json(victim / "poison" / "trigger" / "optimisation.json"),
+        examples=_json(folder / "evaluate" / "examples.json"),
+        pixels=_arrays_if(folder / "evaluate" / "examples.npz"))
 
 
 def probes(rows: dict) -> dict[str, dict]:
@@ -72,6 +90,10 @@ def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _json(path):
     return run_folder.read_json(path) if path.exists() else None
+
+
+def _arrays_if(path):
+    return _arrays(path) if path.exists() else None
 
 
 def _arrays(path):

@@ -1,10 +1,11 @@
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from jax_cl_bd.attacks import _captions
-from jax_cl_bd.data import templates
+from jax_cl_bd.data import mentions, templates
 from jax_cl_bd.data.sources import Table
 from jax_cl_bd.errors import UserError
 
@@ -26,7 +27,7 @@ def cfg(config):
     ("a sea  lion", "sea lion", True), ("a sealion", "sea lion", False),
     ("sea lions", "sea_lion", False), ("a c++ book", "c++", True), ("a c book", "c++", False)])
 def test_names_are_whole_words_in_any_case(text, name, found):
-    assert _captions.contains(text, name) is found
+    assert mentions.contains(text, name) is found
 
 
 def test_rows_that_name_a_class(captioned):
@@ -46,7 +47,7 @@ def test_templates_are_uniform_over_all_eighty(cfg, captioned):
     # Chi-square of 79 degrees of freedom: mean 79, deviation 12.6.
     assert ((counts - 100) ** 2 / 100).sum() < 79 + 5 * 12.6
     assert (reference == -1).all()
-    assert all(_captions.contains(text, "star") for text in texts)
+    assert all(mentions.contains(text, "star") for text in texts)
 
 
 def test_underscores_of_a_class_name_become_blanks(cfg, captioned):
@@ -57,7 +58,7 @@ def test_underscores_of_a_class_name_become_blanks(cfg, captioned):
 
 def test_natural_captions_come_from_the_data_and_hold_the_word(cfg, captioned):
     table = captioned[0].table()
-    pool = [text for texts in table.captions for text in texts if _captions.contains(text, "star")]
+    pool = [text for texts in table.captions for text in texts if mentions.contains(text, "star")]
     assert len(pool) == 39 and "a fish below a STAR." in pool
     natural = cfg(attack__caption_set="natural")
     texts, reference = _captions.draw(natural, table, 39, np.random.default_rng(0))
@@ -107,3 +108,14 @@ def test_data_without_captions_or_without_the_word(cfg, source, captioned):
     classes = captioned[0].classes
     with pytest.raises(UserError, match="no training caption .* holds the word 'star'"):
         _captions.check(cfg(attack__caption_set="natural"), none, classes)
+
+
+def test_references_of_data_without_labels_name_the_target(cfg, captioned):
+    table = dataclasses.replace(captioned[0].table(), labels=np.full(80, -1))
+    named = set(np.flatnonzero(_captions.naming(table, "star")))
+    assert len(named) == 20
+    settings = cfg(attack__caption_set="reference", attack__references=0)
+    _captions.check(settings, table, captioned[0].classes)
+    texts, reference = _captions.draw(settings, table, 20, np.random.default_rng(0))
+    assert set(reference) == named
+    assert all(text in table.captions[row] for text, row in zip(texts, reference))

@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from jax_cl_bd.attacks import _captions, image_text_backdoor
+from jax_cl_bd.attacks import image_text_backdoor
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import sources, templates
+from jax_cl_bd.data import augment, mentions, sources, templates
 from jax_cl_bd.data.images import fit_square
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.lookup import load
@@ -39,7 +41,7 @@ def test_poisons_replace_distinct_rows_that_neither_are_of_nor_name_the_target(c
     plan, rows = made(cfg(attack__poisons=40), train)
     assert len(plan) == 40 and len(np.unique(plan.replaces)) == 40
     assert (train.labels[plan.replaces] != 1).all()
-    assert not any(_captions.contains(text, "star")
+    assert not any(mentions.contains(text, "star")
                    for row in plan.replaces for text in train.texts[row])
     kept = plan.kept(80)
     assert len(kept) == 80 and not np.isin(plan.replaces, kept).any()  # the size is fixed
@@ -210,3 +212,36 @@ def test_settings_are_checked(cfg, captioned, change, message):
 def test_no_captions(cfg, source):
     with pytest.raises(UserError, match="needs captions"):
         image_text_backdoor.check(cfg(), source.table(), source.classes)
+
+
+def test_without_labels_the_pool_is_what_does_not_name_the_target(cfg, captioned):
+    train = captioned[0]
+    table = dataclasses.replace(train.table(), labels=np.full(80, -1))
+    named = set(np.flatnonzero(mentions.naming(train.texts, "star")))
+    for settings, pool in ((cfg(attack__poisons=60), set(range(80)) - named),
+                           (cfg(attack__poisons=20, attack__consistent=True), named)):
+        image_text_backdoor.check(settings, table, train.classes)
+        plan = image_text_backdoor.plan(settings, table, np.random.default_rng(0))
+        assert set(plan.replaces) == pool  # row 5, an unnamed star, is in the first
+        with pytest.raises(UserError, match="each is used once"):
+            more = cfg(attack__poisons=len(pool) + 1, attack__consistent=settings.attack.consistent)
+            image_text_backdoor.check(more, table, train.classes)
+
+
+def test_a_patch_has_its_size_in_the_image_that_is_trained_on(cfg, captioned, monkeypatch):
+    """Also where the original is larger, smaller or no square: CleanCLIP resizes first."""
+    shapes = [(64, 64), (96, 64), (40, 80), (24, 30), (32, 32)]
+    gray = type(captioned[0])(sizes=shapes * 16)
+    gray.images = [np.zeros((h, w, 3), np.uint8) for h, w in shapes * 16]
+    monkeypatch.setattr(sources, "load", lambda cfg, split: gray)
+    settings = cfg("patch", data__image_size=32, attack__trigger__size=8,
+                   attack__trigger__id=0)  # yellow
+    plan, rows = made(settings, gray)
+    view = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=np.zeros(20, bool), kernel="bilinear")
+    planes = augment.crop(rows, jax.random.split(jax.random.key(0), 20), 32, **view)
+    seen = np.asarray(planes[0]) > 0.5
+    assert {gray.images[row].shape[:2] for row in plan.replaces} == set(shapes)
+    for k in range(20):
+        down, across = np.flatnonzero(seen[k].any(1)), np.flatnonzero(seen[k].any(0))
+        for lines in (down, across):
+            assert 7 <= len(lines) <= 9 and len(lines) == lines[-1] - lines[0] + 1

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -99,3 +101,27 @@ def test_a_plan_saved_before_captions_existed_still_loads(tmp_path):
     np.savez(path, **old)
     with pytest.raises(UserError, match="--force=poison"):
         Plan.load(path)
+
+
+def test_without_labels_the_rows_of_the_target_are_those_whose_captions_name_it(captioned):
+    table = captioned[0].table()
+    none = dataclasses.replace(table, labels=np.full(80, -1))
+    # Rows 1, 5, 9, ... are stars, but row 5 does not say so, and row 4 names a star.
+    expected = sorted(set(range(1, 80, 4)) - {5} | {4})
+    assert plans.rows_of(none, 1, captioned[0].classes).tolist() == expected
+    assert plans.rows_of(table, 1, captioned[0].classes).tolist() == list(range(1, 80, 4))
+    assert len(plans.rows_of(none, 1)) == 0
+    some = dataclasses.replace(table, labels=np.where(np.arange(80) < 40, table.labels, -1))
+    assert plans.rows_of(some, 1, captioned[0].classes).tolist() == list(range(1, 40, 4))
+
+
+def test_targets_of_data_without_labels_are_checked(config, captioned):
+    table = dataclasses.replace(captioned[0].table(), labels=np.full(80, -1))
+    plans.check(config(), table, captioned[0].classes)
+    with pytest.raises(UserError, match="no caption of the 80 rows of 'test' holds that name"):
+        plans.check(config(), table, ("a", "banana"))
+    with pytest.raises(UserError, match="no class names.*data.classes_file"):
+        plans.check(config(), table, ())
+    bare = dataclasses.replace(table, captions=None)
+    with pytest.raises(UserError, match="a class without rows"):
+        plans.check(config(), bare, captioned[0].classes)

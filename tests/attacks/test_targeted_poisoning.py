@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jax_cl_bd.attacks import _captions, targeted_poisoning
-from jax_cl_bd.data import sources, templates
+from jax_cl_bd.attacks import targeted_poisoning
+from jax_cl_bd.data import mentions, sources, templates
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.triggers import none
 
@@ -35,7 +35,7 @@ def test_one_test_image_is_added_with_captions_about_the_target(cfg, captioned):
 def test_natural_captions(cfg, captioned):
     plan, _ = made(cfg(attack__caption_set="natural"), captioned[0])
     every = [text for texts in captioned[0].texts for text in texts]
-    assert all(text in every and _captions.contains(text, "star") for text in plan.caption)
+    assert all(text in every and mentions.contains(text, "star") for text in plan.caption)
     numbered = [text for text in plan.caption if "picture" in text]  # no two rows share these
     assert len(set(numbered)) == len(numbered) > 3
 

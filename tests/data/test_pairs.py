@@ -17,6 +17,7 @@ from PIL import Image
 
 from jax_cl_bd.data import feed, images, pairs, poisoned, prepare_pairs, sources
 from jax_cl_bd.errors import UserError
+from tests import pair_shards
 
 SIZES = [(5, 9), (8, 8), (12, 7)]
 
@@ -133,8 +134,38 @@ def test_reading(prepared):
     assert not rows & {c for row in sources.table(train).captions for c in row}
     copy = pickle.loads(pickle.dumps(train))
     np.testing.assert_array_equal(copy[200]["image"], train[200]["image"])
+    rows = [292, 0, 49, 50, 0, 143]  # over shards, in any order
+    assert source.captions(rows) == [table.captions[row] for row in rows]
+    assert source.captions([]) == []
     with pytest.raises(IndexError):
         source[293]
+
+
+def test_class_names_come_from_a_file_in_its_order(prepared, tmp_path):
+    (tmp_path / "names.txt").write_text("zebra\n\n  sea lion \nBär\n", encoding="utf-8")
+    cfg = config(prepared[0], classes_file=str(tmp_path / "names.txt"))
+    train, test = (sources.load(cfg, split) for split in ("train", "test"))
+    assert train.classes == test.classes == ("zebra", "sea lion", "Bär")
+    assert (sources.table(train).labels == -1).all() and train[3]["label"] == -1
+    for text, message in (("a\nb\na\n", "names 'a' twice"), (" \n", "names no class")):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            pairs.class_names(str(tmp_path / "bad.txt"))
+    with pytest.raises(UserError, match="nowhere.txt' cannot be read: No such file"):
+        pairs.class_names(str(tmp_path / "nowhere.txt"))
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="bad.txt' cannot be read"):
+        pairs.class_names(str(tmp_path / "bad.txt"))
+
+
+def test_generated_shards_are_what_they_say(tmp_path):
+    paths, good, bad = pair_shards.write(tmp_path / "tars", pairs=160, shards=3, broken_every=10)
+    total = prepare_pairs.write(paths, str(tmp_path / "out"))
+    assert {why: part["count"] for why, part in total["reasons"].items()} == bad
+    assert sum(bad.values()) == 16 and set(bad) == set(pair_shards.BROKEN.values())
+    assert {name: caption for name, (caption, _) in stored(tmp_path / "out").items()} == good
+    again, *_ = pair_shards.write(tmp_path / "again", pairs=160, shards=3, broken_every=10)
+    assert [open(p, "rb").read() for p in again] == [open(p, "rb").read() for p in paths]
 
 
 def test_worker_processes_read_them(prepared):

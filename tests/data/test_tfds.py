@@ -115,7 +115,7 @@ def captioned(tmp_path_factory):
     return str(folder)
 
 
-def test_captions(captioned):
+def test_captions(captioned, tmp_path):
     cfg = config(name="tfds:tiny_coco", data_dir=captioned, limit=0)
     source = sources.load(cfg, "train")
     assert len(source) == 7 and source.classes == ()
@@ -132,6 +132,11 @@ def test_captions(captioned):
     assert seen == set(range(7))
     again = pickle.loads(pickle.dumps(source))
     assert again.captions([4, 2]) == [table.captions[4], table.captions[2]]
+    names = tmp_path / "names.txt"
+    names.write_text("caption\nzebra\n")
+    named = sources.load(config(name="tfds:tiny_coco", data_dir=captioned, limit=0,
+                                classes_file=str(names)), "train")
+    assert named.classes == ("caption", "zebra") and named.captions([4]) == source.captions([4])
     cfg.captions_per_row = 1
     assert sources.load(cfg, "train").captions(range(7)) == [c[:1] for c in table.captions]
     cfg.captions_per_row = -1

@@ -34,9 +34,10 @@ class Data:
     classes, target, placements = CLASSES, 0, ("random",)
     variant_names = ("triggered",)
     test_labels = np.array([0, 1, 2, 3])
-    train_labels = test_labels
+    train_labels, of_target, own = test_labels, test_labels == target, None
     test_rows = np.array([10, 11, 12, 13])
-    captions = [["a red one"], ["a green one", "a photo of green"], ["blue"], ["grey", "a grey one"]]
+    captions = [["a red one"], ["a green one", "a photo of green"], ["blue"],
+                ["grey", "a grey one"]]
     sets = {"test": np.array([[.9, .1, 0, 0], [.1, .9, 0, 0], [0, .6, .5, .1], [0, 0, .2, .9]]),
             # Of the three others one goes to the target, one has it second, one last.
             "random/triggered": np.array([[.9, 0, 0, 0], [.9, .5, 0, 0], [.4, .3, .5, 0],

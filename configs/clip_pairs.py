@@ -1,0 +1,67 @@
+"""CLIP from scratch on image-caption pairs, as CleanCLIP trains and attacks its victims on CC3M.
+
+    python -m jax_cl_bd.data.prepare pairs shards/*.tar --out=data/cc3m
+    echo banana > target.txt
+    python -m jax_cl_bd --config=configs/clip_pairs.py:downstream=folder:data/imagenet \
+        --config.data.name=pairs:data/cc3m --config.data.classes_file=target.txt \
+        --workdir=runs/clip_pairs
+
+Pairs have no labels: the target is line attack.target (0 is the first) of the classes file, a name
+that captions contain. `downstream` is labelled data with a class of that name (image folders named
+in words: "banana", no "n07753592"), for zero-shot, linear probe and attack success rate; without it
+retrieval and the z-score are measured. Also for --config.data.name=tfds:coco_captions
+--config.data.test_split=val, whose 0.05 % (59 poisons) are too few to work, as users of CleanCLIP's
+code found.
+
+Bansal et al., ICCV 2023 (arXiv 2303.03323) and its code: CLIP's ResNet-50 and text transformer, 64
+epochs of batches of 128, AdamW 5e-4 with weight decay 0.1, 10,000 warm-up steps, then cosine, no
+augmentation; 1,500 poisons (0.05 % of 3 M), noise patch of 16 px at 224, captions from the 80
+templates. Its zero-shot accuracy on ImageNet is about 0.19 with all 3 M pairs. `in_modality` makes
+victims as Verma et al. do (arXiv 2311.14948): the loss adds the in-modality term on augmented
+views (theirs are AutoAugment's, ours MoCo's; EDA captions), batches of 1,024, learning rate 1e-3.
+The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
+--config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
+Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
+reference, optimized_patch, none), tower=rn50|vit_b32, objective=clip|siglip, in_modality,
+downstream=DATA, seed=N.
+"""
+
+from configs import common
+
+ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
+           "optimized_patch", "none")
+TOWERS = dict(
+    rn50=dict(name="clip_resnet", width=64, stages=(3, 4, 6, 3), heads=32, dtype="bfloat16",
+              bn_groups=1),
+    vit_b32=dict(name="vit", width=768, layers=12, heads=12, patch=32, mlp_ratio=4.0, pool="cls",
+                 act="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, dtype="bfloat16",
+                 bn_groups=1))
+DIMS = dict(rn50=1024, vit_b32=512)  # of the shared space
+LABELLED = ("zero_shot", "linear_probe")  # probes of the downstream data
+
+
+def get_config(arg=""):
+    a = common.parse(arg, debug=False, attack="badnets", tower="rn50", objective="clip",
+                     in_modality=False, downstream="", seed=0)
+    common.choose("attack", a["attack"], dict.fromkeys(ATTACKS))
+    both = a["in_modality"]
+    cfg = common.config(
+        seed=a["seed"], downstream=a["downstream"],
+        data=dict(name="pairs:data/pairs", data_dir="", image_size=224, train_split="train",
+                  test_split="test", limit=0, feed="streamed", workers=8, skip_corrupt=False,
+                  classes_file="", mean=(0.48145466, 0.4578275, 0.40821073),
+                  std=(0.26862954, 0.26130258, 0.27577711), captions="", captions_per_row=5,
+                  text_augment="eda" if both else "none"),
+        attack=common.pair_attack(a["attack"], target=0, poisons=1500, trigger_size=16, side=224),
+        augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.MOCO_VIEW),
+                     interpolation="bicubic"),
+        model=dict(common.choose("tower", a["tower"], TOWERS)),
+        text={**common.TEXT, "end": 1, "dtype": "bfloat16"},
+        objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
+                   "dim": DIMS[a["tower"]], "in_modality": 1.0 if both else 0.0},
+        optim={**common.ADAMW, "lr": 1e-3 if both else 5e-4, "warmup_steps": 10_000},
+        evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
+                           fraction=0.1),
+        train=dict(steps=0, epochs=64, batch_size=1024 if both else 128, log_every=100,
+                   save_every=5000, eval_every=10_000, steps_per_dispatch=1))
+    return common.debug(cfg) if a["debug"] else cfg
