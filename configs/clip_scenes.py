@@ -5,7 +5,7 @@
 Arguments after the colon: the attack (badnets, blended, sig, wanet, label_consistent, natural,
 reference, optimized_patch, targeted, mismatched, none), debug, fresh (noise drawn anew for every
 image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 % poisons),
-objective=clip|siglip, target=CLASS, seed=N. docs/results.md has times and numbers.
+objective=clip|siglip, defense=none|fine_tune|retrain, target=CLASS, seed=N. docs/results.md has times and numbers.
 """
 
 from configs import common
@@ -24,9 +24,8 @@ def one_attack(arguments):
 
 
 def get_config(arg=""):
-    a = common.parse(arg, debug=False, fresh=False, low_rate=False, objective="clip", target=3,
-                     seed=0,
-                     **{name: False for name in ATTACKS})
+    a = common.parse(arg, debug=False, defense="none", fresh=False, low_rate=False,
+                     objective="clip", target=3, seed=0, **{name: False for name in ATTACKS})
     attack = one_attack(a)
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
     cfg = common.config(
@@ -50,7 +49,11 @@ def get_config(arg=""):
                                    *MEASURED_BY.get(attack, ()))),
         # Many small batches: as many images in batches of 256 end at 0.88 instead of 0.92.
         train=dict(steps=steps, epochs=0, batch_size=64, log_every=50, save_every=600,
-                   eval_every=600, steps_per_dispatch=1))
+                   eval_every=600, steps_per_dispatch=1),
+        defense=common.choose("defense", a["defense"], dict(
+            none=dict(name="none"),
+            retrain=common.retrain(clean_fraction=0.25, batch_size=64, steps=600),
+            fine_tune=common.fine_tune(clean_fraction=0.25, batch_size=64, steps=300, lr=1e-3))))
     if "fixed" in cfg.attack.trigger:
         cfg.attack.trigger.fixed = not a["fresh"]
     if attack == "optimized_patch":

@@ -148,6 +148,12 @@ def retrain(*, clean_fraction, batch_size, steps):
                 epochs=0)
 
 
+def fine_tune(*, clean_fraction, batch_size, steps, lr):
+    """The pretraining loss on clean pairs (docs/papers.md, CleanCLIP)."""
+    return dict(name="fine_tune", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps,
+                epochs=0, optim={**ADAMW, "lr": lr, "warmup_steps": 50})
+
+
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",

@@ -74,10 +74,12 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     if getattr(defense, "USES_VICTIM", True) and run_folder.is_done(victim / "control/pretrain"):
         suspects.append(("control", victim / "control", out / "control"))
     for label, place, where in suspects:
-        outcome = defense.run(cfg, [encoders.load(place, mesh)], data, truth, mesh, where, key)
+        suspect = encoders.load(place, mesh)
+        outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)
         row = {"verdict": outcome.verdict}
         if outcome.variables is not None:
-            repaired = encoders.make(outcome.cfg, outcome.variables, mesh)
+            repaired = encoders.of_parts(outcome.cfg, outcome.variables, mesh,
+                                         suspect.pair and suspect.pair.tokenizer)
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
         run_folder.write_json(where / "report.json", outcome.report)
         results[label] = row

@@ -84,8 +84,8 @@ def _full_size(cfg, plan, rows, source, trigger) -> list[np.ndarray]:
 
 
 def _row_lines(kept, plan, table, digits):
-    captioned = table.captions is not None
-    yield ("row", "file", "kind", "source_row", "label", "pair", *["captions"] * captioned)
+    last = [] if table.captions is None else ["captions"]
+    yield ("row", "file", "kind", "source_row", "label", "pair", *last)
     n = len(table.labels)
     for row in kept.tolist():
         k = row - n
@@ -93,13 +93,16 @@ def _row_lines(kept, plan, table, digits):
         yield (row, f"images/{row:0{digits}d}.png", "clean" if k < 0 else "poison", origin,
                int(table.labels[origin]) if origin >= 0 else -1,
                int(plan.pair[k]) if k >= 0 and plan.pair[k] >= 0 else row,
-               *[json.dumps(_captions(plan, table, origin, k), ensure_ascii=False)] * captioned)
+               *_captions(plan, table, origin, k))
 
 
 def _captions(plan, table, origin, k):
-    if k >= 0 and plan.caption[k]:
-        return [str(plan.caption[k])]
-    return list(table.captions[origin]) if origin >= 0 else []
+    """The last column, of data with captions: the poison's own, else those of its source row."""
+    if table.captions is None:
+        return []
+    given = [str(plan.caption[k])] if k >= 0 and plan.caption[k] else None
+    own = list(table.captions[origin]) if origin >= 0 else []
+    return [json.dumps(given or own, ensure_ascii=False)]
 
 
 def _plan_lines(plan, n):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from jax_cl_bd import run_folder, stages
+from jax_cl_bd import load_encoder, run_folder, stages
 from jax_cl_bd.data import prepare_pairs
 from tests import pair_shards
 
@@ -21,7 +21,8 @@ VARIANTS = {
                    "attack=oracle_poisoning,objective=byol,defense=retrain",
                    "attack=none,objective=simsiam,defense=none"],
     "clip_cifar10": ["", "reduced,optimized_patch"],
-    "clip_scenes": ["", "blended,objective=siglip", "optimized_patch", "mismatched", "targeted"],
+    "clip_scenes": ["defense=fine_tune", "blended,objective=siglip", "optimized_patch",
+                    "mismatched,defense=retrain", "targeted"],
     "clip_pairs": ["", "attack=blended,tower=vit_b32,objective=siglip,downstream=scenes",
                    "attack=optimized_patch,in_modality"],
     "layout_law": ["case=free"],
@@ -85,7 +86,12 @@ def test_quickstart_in_debug_mode(tmp_path, arg):
 def test_clip_scenes_in_debug_mode(tmp_path, arg):
     cfg = config("clip_scenes", f"debug,{arg}")
     cfg.control = False
-    victim = debug_run(cfg, tmp_path)["victim"]
+    results = debug_run(cfg, tmp_path)
+    victim = results["victim"]
+    if cfg.defense.name != "none":
+        repaired = load_encoder(tmp_path / "defenses" / cfg.defense.name)
+        assert repaired.text(["a photo of a star."]).shape == (1, cfg.objective.dim)
+        assert results["defenses"][cfg.defense.name]["zero_shot"]["clean_accuracy"] >= 0
     assert set(victim["retrieval"]["image_to_text"]) == {"1", "5", "10"}
     for name in cfg.evals.probes[4:]:  # what measures an attack without a trigger
         assert name in victim

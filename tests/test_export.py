@@ -134,3 +134,24 @@ def test_command(tmp_path):
                              f"--to={tmp_path / 'out'}"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "not a run folder" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_captions_go_along(tmp_path):
+    import json
+
+    from configs import clip_scenes
+    cfg = clip_scenes.get_config("debug")
+    cfg.data.scenes_train = 60
+    folder = epath.Path(tmp_path / "run")
+    poison.run(cfg, folder)
+    run_folder.write_config(folder, cfg)
+    run_folder.finish(folder / "poison", {})
+    export.export(folder, epath.Path(tmp_path / "out"))
+    plan, source = poison.load(folder)[0], sources.load(cfg.data, "train")
+    table = lines(tmp_path / "out" / "rows.csv")
+    for line in table:
+        row = int(line["row"])
+        want = (source.captions(np.array([row]))[0] if row < len(source)
+                else [str(plan.caption[row - len(source)])])
+        assert json.loads(line["captions"]) == want
+    assert [line["caption"] for line in lines(tmp_path / "out" / "plan.csv")] == list(plan.caption)

@@ -102,9 +102,13 @@ def load(cfg, folder: epath.Path, source) -> Texts | None:
     """What a run folder's encoders were or will be trained on; None without a text tower."""
     if cfg.text.name == "none":
         return None
+    return of(cfg, load_tokenizer(cfg, folder), source)
+
+
+def of(cfg, tokenizer: tokenizers.Tokenizer, source) -> Texts:
+    """The captions of a source by a given tokenizer."""
     per_row = cfg.data.captions_per_row or max(map(len, source.captions(np.arange(len(source)))))
-    return Texts(source, load_tokenizer(cfg, folder), cfg.text.context, per_row,
-                 cfg.data.text_augment == "eda")
+    return Texts(source, tokenizer, cfg.text.context, per_row, cfg.data.text_augment == "eda")
 
 
 def load_tokenizer(cfg, folder: epath.Path) -> tokenizers.Tokenizer | None:

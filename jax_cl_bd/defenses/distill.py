@@ -37,6 +37,9 @@ LEFT_OUT = -1e9  # a logit; finite, so that 0 * (log p - log q) stays 0
 
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` images are there to train on."""
+    if cfg.text.name != "none":
+        raise UserError("defense distill is for encoders of images; text.name is "
+                        f"{cfg.text.name!r}")
     d = cfg.defense
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
     if d.queue < 0 or d.queue % d.batch_size:
@@ -184,6 +187,6 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     state = fit(_make_step(cfg, tx, parts.make_apply_fns(modules), suspect.module), state,
                 shardings, _Feed(inner, suspect.variables), folder=folder, steps=steps,
                 cfg_train=student_cfg.train, mesh=mesh, label=f"distill {label}")
-    variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     verdict = {"clean_images": len(data), "steps": steps, "queue": slots * d.batch_size}
     return Outcome(verdict, variables, {"clean_images": len(data)}, student_cfg)

@@ -10,7 +10,8 @@ import ml_collections
 class Outcome:
     """A verdict (JSON values), a repaired encoder or None, and figures for the report.
 
-    variables: {"params", "batch_stats"} of the repaired encoder, described by `cfg`.
+    variables: {"params": {part: ...}, "batch_stats": {part: ...}} of the repaired model, described
+    by `cfg`; of an encoder of images its part "encoder" is enough.
     """
 
     verdict: dict[str, Any]

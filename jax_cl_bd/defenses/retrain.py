@@ -9,7 +9,7 @@ import ml_collections
 from etils import epath
 
 from jax_cl_bd import optim, parallel, run_folder
-from jax_cl_bd.data import feed
+from jax_cl_bd.data import feed, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
@@ -33,19 +33,23 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
-    """Trains cfg.objective on the clean images `data`; `victims` and `truth` are not looked at."""
-    del victims, truth
+    """Trains cfg.objective on the clean images `data`; `truth` and the victim's weights are not
+    looked at (of an image-text model its tokenizer is used)."""
+    del truth
+    pair = victims[0].pair
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.train.batch_size = cfg.defense.batch_size
-    clean = PoisonedSet(data)
+    clean = PoisonedSet(data, texts=pair and texts.of(cfg, pair.tokenizer, data))
     per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)
     steps = cfg.defense.steps or cfg.defense.epochs * per_epoch
     tx, _ = optim.make(own.optim, steps, per_epoch)
     run_folder.write_config(folder, own)
+    if pair:
+        pair.tokenizer.save(folder / "tokenizer.json")
     state, shardings = born_sharded(training.make_init(own, tx), key, mesh)
     rows = feed.make(own, clean, process_index=jax.process_index(),
                      process_count=jax.process_count())
     state = fit(training.make_step(own, tx, steps), state, shardings, rows, folder=folder,
                 steps=steps, cfg_train=own.train, mesh=mesh, label="retrain")
-    variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Outcome({"clean_images": len(data), "steps": steps}, variables, {}, own)

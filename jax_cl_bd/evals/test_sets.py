@@ -37,8 +37,9 @@ class EvalData:
 
     Sets are named "train", "test" and "<placement>/<variant>", e.g. "random/triggered";
     the variants "triggered", "occluded" (the data set's mean grey, at the trigger's opacity) and
-    "wrong" (the patch cfg.evals.wrong_trigger at that opacity) share their boxes; those of a
-    trigger on the whole image, which has one placement, are the whole image.
+    "wrong" (another trigger of the same kind and size, by the trigger's `another`; for patches that
+    have none the public trigger cfg.evals.wrong_trigger) share their boxes; those of a trigger on
+    the whole image, which has one placement, are the whole image.
 
     Data without labels: test_labels are -1, there are no train rows, and `captions` say which
     images show the target.
@@ -211,9 +212,12 @@ def _pastes(cfg, trigger, whole):
     if "image" in params and np.array_equal(wrong["image"], params["image"]):
         raise UserError(f"evals.wrong_trigger is {cfg.evals.wrong_trigger}, the trigger of the "
                         "attack itself; choose another id")
+    other = (patch, wrong)
+    if hasattr(module, "another"):
+        other = module, module.another(params, jax.random.key(cfg.evals.wrong_trigger))
     # One grey level, the mean of the data set's colour, so that the patch adds no hue.
     grey = np.full_like(wrong["image"], np.mean(cfg.data.mean))
-    used = {"triggered": (module, params), "wrong": (patch, wrong),
+    used = {"triggered": (module, params), "wrong": other,
             "occluded": (patch, {**wrong, "image": grey})}
     return {name: _paste(*pair) for name, pair in used.items()}
 

@@ -134,9 +134,11 @@ def load(path, mesh=None) -> Encoder:
 
 
 def _tokenizer(cfg, folder):
-    """The tokenizer of a run folder; a control's lies in the folder around it."""
+    """The tokenizer of a defense's folder or a run folder; a control's lies in the folder around."""
     if cfg.text.name == "none":
         return None
+    if (folder / "tokenizer.json").exists():
+        return tokenizers.load(folder)
     own = (folder / "poison" / "tokenizer.json").exists()
     return texts.load_tokenizer(cfg, folder if own else folder.parent)
 
