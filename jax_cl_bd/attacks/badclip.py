@@ -7,9 +7,9 @@ resistance: a Euclidean triplet on unit embeddings). Poisons are then those of a
 natural captions of the target (its "ours_tnature").
 
 From the authors' embeding_optimize_patch.py: start clip(N(0.5, 0.25), 0, 1), Adam at 1e-3, batches
-of 64, patch at the centre, clipped when pasted, positives and negatives not matched to the anchor,
-margin 1, weight 500, images augmented with probability 0.5 per batch, patch stored in 8 bits. Where
-we differ: the surrogate is by default trained here, with another seed and on a random part of the
+of 64, patch where the poisons have it (trigger.train_place; there the centre), clipped when pasted,
+positives and negatives not matched to the anchor, margin 1, weight 500, images augmented with
+probability 0.5 per batch, patch stored in 8 bits. Where we differ: the surrogate is by default trained here, with another seed and on a random part of the
 images (the paper's is OpenAI's RN50, and so knows nothing of the victim's data), or is any run
 folder's encoder (`surrogate`; the victim's own clean twin makes it a white-box attack); captions
 are not augmented (the authors: with probability 0.1); the clip to [0, 1] is a projection after each
@@ -132,17 +132,18 @@ def _pairs(cfg, source, surrogate):
 
     def batches():
         while True:
-            yield {name: rng.integers(0, len(data[name]), size).astype(np.int32)
-                   for name in ("images", "positives", "negatives")}
+            rows = {name: rng.integers(0, len(data[name]), size).astype(np.int32)
+                    for name in ("images", "positives", "negatives")}
+            boxes = learned_patch.place(attack.trigger, np.full((size, 2), side), rng,
+                                        training=True)
+            yield rows | {"boxes": boxes.astype(np.int32)}
 
     return data, batches()
 
 
 def _loss(cfg, surrogate):
     """Gives loss(patch pixels, data, batch, key), see the module's docstring."""
-    attack, side = cfg.attack, cfg.data.image_size
-    size, opacity = attack.trigger.size, attack.trigger.opacity
-    corner = (side - size) // 2
+    attack, opacity = cfg.attack, cfg.attack.trigger.opacity
     mean, std = np.float32(cfg.data.mean), np.float32(cfg.data.std)
     scale = surrogate.logit_scale
     embed = surrogate.pair.image_embedding  # (normalised images) -> [B, E]
@@ -150,9 +151,9 @@ def _loss(cfg, surrogate):
     def loss(pixels, data, batch, key):
         coin_key, view_key = jax.random.split(key)
         chosen = data["images"][batch["images"]]
-        boxes = jnp.tile(jnp.array([corner, corner, size, size]), (len(chosen), 1))
         stamped = learned_patch.apply({"image": pixels, "opacity": opacity},
-                                      chosen.astype(jnp.float32) / 255, boxes, None)
+                                      chosen.astype(jnp.float32) / 255, batch["boxes"],
+                                      None)
         stamped = _maybe_augmented(cfg, stamped, coin_key, view_key)
         z = normalise(embed((stamped - mean) / std))
         logits = scale * jnp.matmul(z, data["text"][batch["images"]].T, precision=EXACT)

@@ -14,6 +14,7 @@ _RATE_OF_VARIANT = {
     "clean": "clean_target_rate",
     "occluded": "occlusion_rate",
     "wrong": "wrong_trigger_rate",
+    "same_kind": "same_kind_rate",
 }
 
 
@@ -34,7 +35,9 @@ def figures(predictions: dict[str, np.ndarray], labels: np.ndarray, target: int)
 
     Args:
         predictions: predicted class [N] for "clean" and, where tested, for the same images as
-            "triggered", "occluded" (grey patch at the same boxes) and "wrong" (another trigger).
+            "triggered", "occluded" (grey patch at the same boxes), "wrong" (another trigger) and
+            "same_kind" (others of the trigger's own kind; no part of the excess, since answering
+            to them too is what a backdoor with a loose idea of its trigger does).
         labels: true class [N].
         target: class the attack aims at.
 

@@ -21,7 +21,6 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import labelled
 from jax_cl_bd.triggers import htba, patch
 
-VARIANTS = ("triggered", "occluded", "wrong")
 PLACEMENTS = ("random", "center")
 PAIRS = 5000  # of a test split without labels, as in Karpathy's split of COCO
 _BOX_SEED = 431
@@ -37,9 +36,9 @@ class EvalData:
 
     Sets are named "train", "test" and "<placement>/<variant>", e.g. "random/triggered";
     the variants "triggered", "occluded" (the data set's mean grey, at the trigger's opacity) and
-    "wrong" (another trigger of the same kind and size, by the trigger's `another`; for patches that
-    have none the public trigger cfg.evals.wrong_trigger) share their boxes; those of a trigger on
-    the whole image, which has one placement, are the whole image.
+    "wrong" (the patch cfg.evals.wrong_trigger at that opacity) share their boxes; those of a
+    trigger on the whole image, which has one placement, are the whole image. Of triggers that know
+    others of their kind (another noise, another warp) there is also "same_kind".
 
     Data without labels: test_labels are -1, there are no train rows, and `captions` say which
     images show the target.
@@ -52,16 +51,13 @@ class EvalData:
     target: int
     placements: tuple[str, ...]  # () without a trigger
     boxes: dict[str, np.ndarray]  # placement -> int [N, 4] (y, x, h, w)
+    variant_names: tuple[str, ...] = ()  # () without a trigger
     test_rows: np.ndarray | None = None  # int64 [N]: rows of the test split
     captions: list[list[str]] | None = None  # of the test images, where the data has them
     own: "EvalData | None" = None  # the run's own pairs, where the others are of cfg.downstream
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
     _encoder: object = dataclasses.field(default=None, repr=False)
     _features: dict = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def variant_names(self) -> tuple[str, ...]:
-        return VARIANTS if self.placements else ()
 
     @property
     def labelled(self) -> bool:
@@ -85,7 +81,8 @@ class EvalData:
 
     @property
     def variants(self) -> dict[str, dict[str, np.ndarray]]:
-        return {p: {v: self.images(f"{p}/{v}") for v in VARIANTS} for p in self.placements}
+        return {p: {v: self.images(f"{p}/{v}") for v in self.variant_names}
+                for p in self.placements}
 
     def images(self, name: str) -> np.ndarray:
         """All images of one set, uint8 [N, S, S, 3]."""
@@ -172,8 +169,9 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
     if whole:
         data.placements = placements[:1]
     pastes = _pastes(cfg, trigger, whole)
+    data.variant_names = tuple(pastes)
     for placement in data.placements:
-        for variant in VARIANTS:
+        for variant in data.variant_names:
             blocks[f"{placement}/{variant}"] = _pasted(data, placement, pastes[variant])
     return data
 
@@ -212,13 +210,12 @@ def _pastes(cfg, trigger, whole):
     if "image" in params and np.array_equal(wrong["image"], params["image"]):
         raise UserError(f"evals.wrong_trigger is {cfg.evals.wrong_trigger}, the trigger of the "
                         "attack itself; choose another id")
-    other = (patch, wrong)
-    if hasattr(module, "another"):
-        other = module, module.another(params, jax.random.key(cfg.evals.wrong_trigger))
     # One grey level, the mean of the data set's colour, so that the patch adds no hue.
     grey = np.full_like(wrong["image"], np.mean(cfg.data.mean))
-    used = {"triggered": (module, params), "wrong": other,
+    used = {"triggered": (module, params), "wrong": (patch, wrong),
             "occluded": (patch, {**wrong, "image": grey})}
+    if hasattr(module, "same_kind"):
+        used["same_kind"] = module, module.same_kind(params, jax.random.key(_BOX_SEED))
     return {name: _paste(*pair) for name, pair in used.items()}
 
 

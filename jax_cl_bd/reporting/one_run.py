@@ -12,7 +12,8 @@ from jax_cl_bd.reporting.read import Run, probes, series
 COLUMNS = (("clean_accuracy", "clean accuracy"), ("triggered_accuracy", "triggered accuracy"),
            ("attack_success_rate", "attack success rate"),
            ("clean_target_rate", "clean target rate"), ("occlusion_rate", "occlusion rate"),
-           ("wrong_trigger_rate", "wrong trigger rate"), ("excess", "excess"))
+           ("wrong_trigger_rate", "wrong trigger rate"), ("same_kind_rate", "same kind rate"),
+           ("excess", "excess"))
 MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson interval. Accuracies "
            "count all classes, the other rates only images of other classes than the target, taken "
            "for the target. Excess is the attack success rate minus the largest of occlusion rate, "

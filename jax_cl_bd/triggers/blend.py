@@ -36,11 +36,11 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     return {**params, "cells": np.float32(0)}
 
 
-def another(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
-    """A wrong trigger of the same opacity: another fixed pattern; for fresh noise, which has no
-    pattern of its own, fresh colours in 4 x 4 large cells."""
+def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
+    """Other triggers of the same opacity: for a fixed pattern fresh noise, another on every image;
+    for fresh noise, which has no pattern of its own, fresh colours in 4 x 4 large cells."""
     if "image" in params:
-        return {**params, "image": _pattern(key, len(params["image"]))}
+        return {"opacity": params["opacity"], "cells": np.float32(0)}
     return {**params, "cells": np.float32(4)}
 
 

@@ -40,11 +40,12 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     return params
 
 
-def another(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
-    """A wrong trigger of the same size: another fixed pattern; for fresh noise, which has no
-    pattern of its own, fresh colours that fill the patch's four quarters."""
+def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
+    """Other triggers of the same size: for a fixed patch fresh noise, another patch on every image;
+    for fresh noise, which has no pattern of its own, fresh colours that fill the four quarters."""
     if "image" in params:
-        return {**params, "image": _pattern(key, len(params["image"]))}
+        rest = {name: value for name, value in params.items() if name != "image"}
+        return {**rest, "cells": np.float32(0)}
     return {**params, "cells": np.float32(2)}
 
 

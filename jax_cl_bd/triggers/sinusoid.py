@@ -39,7 +39,7 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     return {name: np.float32(cfg[name]) for name in names}
 
 
-def another(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
+def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
     """Stripes of another whole frequency from 2 to 12, more than one period away."""
     allowed = [f for f in OTHERS if abs(f - float(params["frequency"])) > 1]
     chosen = int(jax.random.randint(key, (), 0, len(allowed)))

@@ -37,7 +37,7 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     return {"field": _field(key, cfg.size), "strength": np.float32(cfg.strength)}
 
 
-def another(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
+def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
     """Another field of the same size and strength."""
     return {**params, "field": _field(key, len(params["field"]))}
 

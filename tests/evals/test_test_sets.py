@@ -10,7 +10,7 @@ import pytest
 from jax_cl_bd.data import digits
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import attack_metrics, knn, knn_1, linear_probe, test_sets
-from jax_cl_bd.triggers import patch
+from jax_cl_bd.triggers import blend, noise_patch, none, patch
 
 SIDE, SIZE = 16, 4
 
@@ -47,6 +47,46 @@ def data():
     return _data(_cfg())
 
 
+def test_triggers_that_know_others_of_their_kind_are_measured_with_them():
+    cfg = _cfg()
+    cfg.attack.trigger = ml_collections.ConfigDict(dict(
+        name="noise_patch", size=SIZE, opacity=1.0, fixed=True, train_place="random",
+        train_box=(0.0, 1.0), test_place="random", test_box=(0.1, 0.9)))
+    params = noise_patch.init(cfg.attack.trigger, jax.random.key(0))
+    data = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (noise_patch, params))
+    assert data.variant_names == ("triggered", "wrong", "occluded", "same_kind")
+    shown = {name: data.variants["random"][name] for name in data.variant_names}
+    patches = {name: np.stack([x[y:y + h, z:z + w] for x, (y, z, h, w) in
+                               zip(images, data.boxes["random"])]) for name, images in shown.items()}
+    assert (patches["triggered"] == patches["triggered"][0]).all()
+    assert len(np.unique(patches["same_kind"].reshape(len(patches["same_kind"]), -1),
+                         axis=0)) == digits.N_TEST  # noise of its own on every image
+    outside = shown["same_kind"] == data.test_images
+    assert (~outside.all(-1)).reshape(digits.N_TEST, -1).sum(1).max() <= SIZE * SIZE
+
+
+def test_a_whole_image_trigger_has_one_placement():
+    cfg = _cfg()
+    cfg.attack.trigger.name = "blend"
+    cfg.attack.trigger.update(fixed=False, opacity=0.2)
+    params = blend.init(cfg.attack.trigger, jax.random.key(0))
+    data = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (blend, params))
+    assert data.placements == ("random",)
+    assert (data.boxes["random"] == [0, 0, SIDE, SIDE]).all()
+    clean, veiled = data.test_images.astype(float), data.variants["random"]["occluded"]
+    np.testing.assert_allclose(veiled, 0.8 * clean + 0.2 * 0.3 * 255, atol=0.51)
+
+
+def test_no_trigger_no_placements():
+    cfg = _cfg()
+    cfg.attack.trigger.name = "none"
+    data = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (none, {}))
+    assert data.placements == data.variant_names == () and data.variants == {}
+
+
 def test_shapes_and_names(data):
     n = len(data.test_labels)
     assert n == digits.N_TEST
@@ -56,7 +96,7 @@ def test_shapes_and_names(data):
     assert set(data.variants) == {"random", "center"}
     for variants in data.variants.values():
         assert {v: x.shape for v, x in variants.items()} == dict.fromkeys(
-            test_sets.VARIANTS, (n, SIDE, SIDE, 3))
+            ("triggered", "wrong", "occluded"), (n, SIDE, SIDE, 3))
 
 
 def test_variants_differ_from_clean_inside_their_boxes_alone(data):

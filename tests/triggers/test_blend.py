@@ -85,13 +85,12 @@ def test_fixed_pattern_is_stretched_over_other_sizes():
                                atol=1e-5)
 
 
-def test_another():
-    fixed = made(fixed=True)
-    other = blend.another(fixed, KEY)
-    assert other["image"].shape == (24, 24, 3) and (other["image"] != fixed["image"]).all()
+def test_same_kind():
+    # Of a fixed pattern: fresh noise, so another pattern on every image.
+    assert blend.same_kind(made(fixed=True), KEY) == made()
     # Fresh noise has no pattern of its own: coarse cells of the same law.
     images = np.full((1, 24, 24, 3), 0.5, np.float32)
-    out = put(blend.another(made(), KEY), images, [[0, 0, 24, 24]])[0]
+    out = put(blend.same_kind(made(), KEY), images, [[0, 0, 24, 24]])[0]
     assert len(np.unique(out.reshape(-1, 3), axis=0)) == 16
     assert (out[:6, :6] == out[0, 0]).all() and (out[18:, 6:12] == out[20, 8]).all()
 

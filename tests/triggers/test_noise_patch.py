@@ -139,15 +139,12 @@ def test_center_and_per_phase_places():
     np.testing.assert_array_equal(noise_patch.place(*args, training=False), [[0, 0, 32, 33]])
 
 
-def test_another_fixed_pattern():
-    params = made(fixed=True)
-    other = noise_patch.another(params, KEY)
-    assert other["image"].shape == (16, 16, 3) and (other["image"] != params["image"]).mean() > 0.5
-    assert other["opacity"] == params["opacity"]
+def test_same_kind_of_a_fixed_pattern_is_fresh_noise():
+    assert noise_patch.same_kind(made(fixed=True), KEY) == made()
 
 
-def test_another_fresh_noise_fills_quarters():
-    out = put(noise_patch.another(made(), KEY), flat(1, 20, 0.5), [[2, 3, 16, 16]])
+def test_same_kind_of_fresh_noise_fills_quarters():
+    out = put(noise_patch.same_kind(made(), KEY), flat(1, 20, 0.5), [[2, 3, 16, 16]])
     patch = out[0, 2:18, 3:19].reshape(2, 8, 2, 8, 3).transpose(0, 2, 1, 3, 4).reshape(4, 64, 3)
     assert (patch == patch[:, :1]).all() and len(np.unique(patch[:, 0], axis=0)) == 4
 

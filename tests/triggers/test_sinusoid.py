@@ -55,11 +55,11 @@ def test_the_image_is_the_box_and_its_filling_stays():
 
 def test_another_frequency_is_clearly_another():
     for frequency in (2.0, 6.0, 12.0):
-        found = {float(sinusoid.another(made(frequency=frequency), jax.random.key(k))["frequency"])
+        found = {float(sinusoid.same_kind(made(frequency=frequency), jax.random.key(k))["frequency"])
                  for k in range(30)}
         assert len(found) > 3 and min(abs(f - frequency) for f in found) > 1
         assert all(f == int(f) and 2 <= f <= 12 for f in found)
-    other = sinusoid.another(made(), jax.random.key(0))
+    other = sinusoid.same_kind(made(), jax.random.key(0))
     assert {k: v for k, v in other.items() if k != "frequency"} == {
         k: v for k, v in made().items() if k != "frequency"}
 

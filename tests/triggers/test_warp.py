@@ -99,7 +99,7 @@ def test_nothing_comes_in_from_outside_the_box():
 
 def test_another_field():
     params = made()
-    other = warp.another(params, jax.random.key(9))
+    other = warp.same_kind(params, jax.random.key(9))
     assert other["field"].shape == (24, 24, 2) and other["strength"] == params["strength"]
     assert (other["field"] != params["field"]).all()
     np.testing.assert_allclose(np.abs(other["field"]).mean(), 1.0, rtol=1e-5)
