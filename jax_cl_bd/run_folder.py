@@ -145,4 +145,6 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
 
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is not a run folder: it has no config.json")
-    return ml_collections.ConfigDict(tuples(read_json(folder / "config.json"))).lock()
+    found = tuples(read_json(folder / "config.json"))
+    found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
+    return ml_collections.ConfigDict(found).lock()

@@ -71,7 +71,13 @@ def debug_run(cfg, folder):
     return results
 
 
-@pytest.mark.parametrize("arg", VARIANTS["quickstart"])
+def some_slow(args, quick):
+    """A compile costs ten seconds and more: methods that other tests train too are run by
+    `make test-all` alone."""
+    return [pytest.param(a, marks=[] if a in quick else pytest.mark.slow) for a in args]
+
+
+@pytest.mark.parametrize("arg", some_slow(VARIANTS["quickstart"], VARIANTS["quickstart"][:3]))
 def test_quickstart_in_debug_mode(tmp_path, arg):
     cfg = config("quickstart", f"debug,{arg}")
     cfg.control = not arg  # a control compiles everything once more: one is enough
@@ -82,7 +88,8 @@ def test_quickstart_in_debug_mode(tmp_path, arg):
         assert ("control" in student) == cfg.control
 
 
-@pytest.mark.parametrize("arg", VARIANTS["clip_scenes"])
+@pytest.mark.parametrize("arg", some_slow(VARIANTS["clip_scenes"],
+                                          ("optimized_patch", "targeted")))
 def test_clip_scenes_in_debug_mode(tmp_path, arg):
     cfg = config("clip_scenes", f"debug,{arg}")
     cfg.control = False
@@ -133,9 +140,11 @@ def test_layout_law_in_debug_mode(tmp_path):
 
 
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR has no CIFAR-10")
-@pytest.mark.parametrize("arg", VARIANTS["cifar10"][1:2])
+@pytest.mark.parametrize("arg", some_slow(VARIANTS["cifar10"], VARIANTS["cifar10"][3:4]))
 def test_cifar10_in_debug_mode(tmp_path, arg):
-    debug_run(config("cifar10", f"debug,{arg}"), tmp_path)
+    cfg = config("cifar10", f"debug,{arg}")
+    cfg.control = False
+    debug_run(cfg, tmp_path)
 
 
 def test_imagenet100_in_debug_mode(tmp_path):
