@@ -137,3 +137,55 @@ def test_wrong_settings(changes, told):
 def test_no_steps():
     with pytest.raises(UserError, match="at least one batch"):
         optim.make(config(), 20, 0)
+
+
+def adamw_config(**changes):
+    return config(name="adamw", lr=0.01, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1,
+                  schedule="constant", **changes)
+
+
+def test_adamw_is_torchs_and_spares_biases_norms_and_the_logit_scale():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    names = ("kernel", "position_embedding", "bias", "scale", "logit_scale", "logit_bias")
+    start = {name: rng.normal(size=3).astype(np.float32) for name in names}
+    grads = rng.normal(size=(8, 6, 3)).astype(np.float32)
+
+    tx, _ = optim.make(adamw_config(), 8, 1)
+    params = {"encoder": {"block": {k: jnp.array(v) for k, v in start.items()}}}
+    state = tx.init(params)
+    for g in grads:
+        updates, state = tx.update({"encoder": {"block": dict(zip(names, g))}}, state, params)
+        params = optax.apply_updates(params, updates)
+
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    step = torch.optim.AdamW([{"params": [theirs[n] for n in names[:2]], "weight_decay": 0.1},
+                              {"params": [theirs[n] for n in names[2:]], "weight_decay": 0.0}],
+                             lr=0.01, betas=(0.9, 0.98), eps=1e-8)
+    for g in grads:
+        for name, value in zip(names, g):
+            theirs[name].grad = torch.tensor(value)
+        step.step()
+    for name in names:
+        np.testing.assert_allclose(params["encoder"]["block"][name],
+                                   theirs[name].detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_warmup_then_cosine_to_zero():
+    cfg = config(lr=0.5, schedule="warmup_cosine", warmup_steps=10)
+    schedule = optim.make_schedule(cfg, 110, 7)
+    got = [float(schedule(step)) for step in (0, 4, 9, 10, 60, 85, 110)]
+    half = [0.5 * (1 + np.cos(np.pi * t)) for t in (0, 0, 0, 0, 0.5, 0.75, 1.0)]
+    warm = [0.1, 0.5, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(got, 0.5 * np.array(half) * warm, atol=1e-7)
+
+
+def test_every_matrix_of_the_model_is_decayed_and_nothing_else():
+    from configs import clip_scenes
+    from jax_cl_bd.objectives import training
+
+    params = training.first_variables(clip_scenes.get_config("debug"))["params"]
+    flat = jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+    shapes = dict(jax.tree_util.tree_leaves_with_path(params))
+    for path, decays in flat:
+        assert decays == (shapes[path].ndim > 1), jax.tree_util.keystr(path)
