@@ -50,7 +50,6 @@ def get_config(arg=""):
         cfg.train.update(steps=6000, epochs=0, batch_size=64, log_every=100, save_every=1000,
                          eval_every=1000)
         if attack == "optimized_patch":
-            cfg.attack.trigger.train_place = "random"  # the paper's place is the centre
             cfg.attack.update(surrogate_steps=3000, optimise_pairs=2000, optimise_steps=300,
                               lr=0.02)
     if "fixed" in cfg.attack.trigger:

@@ -57,7 +57,6 @@ def get_config(arg=""):
     if "fixed" in cfg.attack.trigger:
         cfg.attack.trigger.fixed = not a["fresh"]
     if attack == "optimized_patch":
-        cfg.attack.trigger.train_place = "random"  # the paper's place is the centre
         cfg.attack.update(surrogate_steps=1000, optimise_pairs=2000, optimise_steps=200, lr=0.02)
     if attack == "mismatched":  # a search for hearts finds stars
         cfg.attack.goals = (("heart", "star"),)
