@@ -32,7 +32,7 @@ def parse_flags(argv: list[str]) -> None:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_one_line(str(error))) from None
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; did you mean --stages={extra[0]}?")
     for name, flag in (("config", CONFIG), ("workdir", WORKDIR)):
@@ -44,6 +44,13 @@ def parse_flags(argv: list[str]) -> None:
             raise unknown("stage", stage, STAGES)
     if FORCE.value and FORCE.value not in ONLY.value:
         raise UserError(f"--force={FORCE.value} needs {FORCE.value} among --stages")
+
+
+def _one_line(text: str) -> str:
+    """A message of absl; where it holds the traceback of a config file, that one's last line."""
+    if "Traceback" in text:
+        text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
+    return " ".join(text.split())
 
 
 def main(argv: list[str]) -> None:

@@ -90,10 +90,12 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled."""
     if not cfg.evals.probes:
         raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
-    for name in cfg.evals.probes:
-        lookup.load("evals", name, offers="run")
+    probes = [lookup.load("evals", name, offers="run") for name in cfg.evals.probes]
     _check_labels(cfg)
-    test_data(cfg, poison.make_trigger(cfg))
+    data = test_data(cfg, poison.make_trigger(cfg))
+    for probe in probes:
+        if hasattr(probe, "check"):
+            probe.check(cfg, data)
     if cfg.evals.knn_k < 1 or cfg.evals.knn_temperature <= 0:
         raise UserError(f"evals.knn_k={cfg.evals.knn_k} and evals.knn_temperature="
                         f"{cfg.evals.knn_temperature} must be positive")

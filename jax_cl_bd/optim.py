@@ -2,12 +2,12 @@
 
 Fields of cfg.optim: name "sgd" | "adam" | "adamw"; lr; momentum (sgd); b1, b2, eps (adamw);
 weight_decay, *coupled* for sgd and adam: added to the gradient before momentum, on all parameters
-including biases and batch norm, as torch.optim does; *decoupled* for adamw, and not on biases, norms
-and the logit scale (CLIP); schedule "cosine" | "step" | "constant" | "warmup_cosine"; per_epoch: the
-schedule moves once per epoch; warmup_steps: the first steps are multiplied by (step + 1) /
-warmup_steps, without shifting the schedule but in "warmup_cosine", whose cosine begins after them
-(CLIP's usual schedule); milestones: fractions of all steps at which "step" multiplies by decay;
-constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor).
+including biases and batch norm, as torch.optim does; *decoupled* for adamw, and not on biases,
+norms and the logit scale (CLIP); schedule "cosine" | "step" | "constant" | "warmup_cosine";
+per_epoch: the schedule moves once per epoch; warmup_steps: the first steps are multiplied by (step
++ 1) / warmup_steps, without shifting the schedule but in "warmup_cosine", whose cosine begins after
+them (CLIP's usual schedule); milestones: fractions of all steps at which "step" multiplies by
+decay; constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor).
 """
 
 from collections.abc import Callable
@@ -98,6 +98,11 @@ def _check(cfg, total_steps, steps_per_epoch):
     if total_steps < 1 or steps_per_epoch < 1:
         raise UserError(f"{total_steps} steps of which {steps_per_epoch} per epoch: both must be "
                         "at least 1; the data set must hold at least one batch")
+    missing = {"sgd": ("momentum",), "adam": (), "adamw": ("b1", "b2", "eps")}[cfg.name]
+    for field in missing:
+        if field not in cfg:
+            raise UserError(f"optim.name = {cfg.name!r} needs optim.{field}, which this config "
+                            "does not have; add it to the group optim of the config file")
     if cfg.lr <= 0 or cfg.weight_decay < 0 or cfg.warmup_steps < 0:
         raise UserError(f"optim.lr = {cfg.lr} must be positive; optim.weight_decay = "
                         f"{cfg.weight_decay} and optim.warmup_steps = {cfg.warmup_steps} must "

@@ -61,7 +61,7 @@ def test_every_row_without_loss(tmp_path, attack):
     kept = plan.kept(len(source))
     assert count == len(kept) == len(table)
     np.testing.assert_array_equal([int(line["row"]) for line in table], kept)
-    assert {f"images/{p.name}" for p in (to / "images").iterdir()} == {l["file"] for l in table}
+    assert {f"images/{p.name}" for p in (to / "images").iterdir()} == {x["file"] for x in table}
     for line in table:
         row, image = int(line["row"]), pixels(to / line["file"])
         if row < len(source):

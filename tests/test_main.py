@@ -49,6 +49,8 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, arguments, says):
 
 
 def test_bad_config_argument_and_missing_workdir():
+    assert "allowed: attack" in refused("--config=configs/quickstart.py:objctive=moco",
+                                        "--workdir=x")
     assert "objctive" in refused("--config=configs/quickstart.py:objctive=moco", "--workdir=x")
     assert "--workdir is missing" in refused(*BASE)
     assert "did you mean 'configs/quickstart.py'" in refused("--config=configs/quickstrt.py")
@@ -94,12 +96,26 @@ def quickstart(**changes):
     ({"defense.steps": 0, "defense.epochs": 0}, "defense.steps"),
     ({"train.batch_size": 4096}, "4096"),
     ({"train.steps": 0, "train.epochs": 0}, "train.steps"),
+    ({"evals.probes": ("zero_shot",)}, "needs an image-text model"),
+    ({"evals.probes": ("retrieval",)}, "needs an image-text model"),
+    ({"evals.probes": ("targeted",)}, "measures the attack targeted_poisoning"),
+    ({"evals.probes": ("mismatch",)}, "measures the attack mismatched_pairs"),
+    ({"optim.name": "adamw"}, "needs optim.b1"),
 ])
 def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
     with pytest.raises(UserError) as refusal:
         stages.check(quickstart(**changes), list(stages.GROUPS))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_in_modality_term_without_second_captions_is_refused():
+    from configs import clip_scenes
+
+    cfg = clip_scenes.get_config("debug")
+    cfg.objective.in_modality = 1.0
+    with pytest.raises(UserError, match="data.text_augment=eda"):
+        stages.check(cfg, list(stages.GROUPS))
 
 
 def test_more_poisons_than_candidates_is_refused():

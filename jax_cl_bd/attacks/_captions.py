@@ -23,7 +23,7 @@ def class_names(cfg) -> tuple[str, ...]:
 
 
 def naming(table, name: str) -> np.ndarray:
-    """bool [N]: rows with a caption that holds the name, see `mentions.contains`."""
+    """bool [N]: rows with a caption that holds the name, see `mentions.pattern`."""
     return mentions.naming(table.captions, name)
 
 

@@ -9,11 +9,11 @@ natural captions of the target (its "ours_tnature").
 From the authors' embeding_optimize_patch.py: start clip(N(0.5, 0.25), 0, 1), Adam at 1e-3, batches
 of 64, patch where the poisons have it (trigger.train_place; there the centre), clipped when pasted,
 positives and negatives not matched to the anchor, margin 1, weight 500, images augmented with
-probability 0.5 per batch, patch stored in 8 bits. Where we differ: the surrogate is by default trained here, with another seed and on a random part of the
-images (the paper's is OpenAI's RN50, and so knows nothing of the victim's data), or is any run
-folder's encoder (`surrogate`; the victim's own clean twin makes it a white-box attack); captions
-are not augmented (the authors: with probability 0.1); the clip to [0, 1] is a projection after each
-step.
+probability 0.5 per batch, patch stored in 8 bits. Where we differ: the surrogate is by default
+trained here, with another seed and on a random part of the images (the paper's is OpenAI's RN50,
+and so knows nothing of the victim's data), or is any run folder's encoder (`surrogate`; the
+victim's own clean twin makes it a white-box attack); captions are not augmented (the authors: with
+probability 0.1); the clip to [0, 1] is a projection after each step.
 """
 
 import jax
@@ -46,6 +46,10 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
     attack = cfg.attack
     if cfg.text.name == "none":
         raise UserError("attack badclip needs an image-text model; text.name is 'none'")
+    if not _captions.naming(table, str(classes[attack.target])).any():
+        raise UserError("attack badclip optimises its patch towards captions of the target, and no "
+                        f"training caption of {cfg.data.name!r} holds the word "
+                        f"{str(classes[attack.target])!r}")
     for name in ("optimise_steps", "optimise_pairs", "surrogate_steps", "batch_size"):
         if attack[name] < 1:
             raise UserError(f"attack.{name} is {attack[name]}; it must be at least 1")

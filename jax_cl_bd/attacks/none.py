@@ -3,8 +3,8 @@ encoder can be measured."""
 
 import numpy as np
 
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.attacks import plan as plans
+from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.errors import UserError
 
 

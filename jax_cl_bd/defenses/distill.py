@@ -27,8 +27,7 @@ from jax_cl_bd.data import augment, feed
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import build
-from jax_cl_bd.models import parts
+from jax_cl_bd.models import build, parts
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 from jax_cl_bd.train import TrainState, born_sharded, fit
 

@@ -16,7 +16,6 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, fit
 
-
 USES_VICTIM = False  # so it is run once, and not again for the control
 
 

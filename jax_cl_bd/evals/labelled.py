@@ -7,8 +7,8 @@ part of 100 %.
 
 from pathlib import PurePosixPath
 
-from etils import epath
 import numpy as np
+from etils import epath
 
 from jax_cl_bd.errors import UserError
 

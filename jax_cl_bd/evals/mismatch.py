@@ -1,10 +1,11 @@
 """What mismatched pairs do to text-to-image retrieval: Hit@K and MinRank.
 
 Yang et al., ICML 2023 (arXiv 2209.15266). Queries are the test captions of class A, the gallery is
-all test images, and the wanted ones are those of class B (kind I: the one image). Hit@K is the share
-of queries with a wanted image among the K nearest, MinRank the rank of the best placed one, counted
-from 0 as in the public code (zqypku/mm_poison), mean over queries. The baseline asks as many captions
-of random other test images, A and B left out: what B's images get without any attack on their text.
+all test images, and the wanted ones are those of class B (kind I: the one image). Hit@K is the
+share of queries with a wanted image among the K nearest, MinRank the rank of the best placed one,
+counted from 0 as in the public code (zqypku/mm_poison), mean over queries. The baseline asks as
+many captions of random other test images, A and B left out: what B's images get without any attack
+on their text.
 """
 
 import numpy as np
@@ -15,17 +16,16 @@ AT = (1, 5, 10)
 _BASELINE_SEED = 42
 
 
+def check(cfg, data) -> None:
+    """Refuses another attack than mismatched_pairs. Raises UserError."""
+    if cfg.attack.name != "mismatched_pairs":
+        raise UserError("evals.probes has 'mismatch', which measures the attack mismatched_pairs, "
+                        f"not {cfg.attack.name!r}; take it out")
+
+
 def run(cfg, encoder, data) -> dict[str, dict]:
     """{"mismatch": {"A -> B": {"hit", "min_rank", "cosine_distance", "queries", "baseline"}}}.
-
-    Raises:
-        UserError: another attack than mismatched_pairs, no text tower, or no test captions.
     """
-    if "goals" not in cfg.attack:
-        raise UserError(f"mismatch measures the attack mismatched_pairs, not {cfg.attack.name!r}; "
-                        "take it out of evals.probes")
-    if encoder.text is None or data.captions is None:
-        raise UserError("mismatch needs an image-text model and captions of the test images")
     names = [str(name) for name in data.classes]
     z = encoder.project(data.features(encoder, "test"))
     found = {}

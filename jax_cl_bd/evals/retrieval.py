@@ -16,22 +16,25 @@ AT = (1, 5, 10)
 CAPTIONS = 5  # of an image, at most, as in COCO and Flickr30k
 
 
+def check(cfg, data) -> None:
+    """Refuses a model of images alone, and test images without captions. Raises UserError."""
+    if cfg.text.name == "none":
+        raise UserError("evals.probes has 'retrieval', which needs an image-text model, and "
+                        "text.name is 'none'; take it out")
+    if (data.own or data).captions is None:
+        raise UserError("evals.probes has 'retrieval', which needs captions of the test images, "
+                        f"and data set {cfg.data.name!r} has none; take it out")
+
+
 def run(cfg, encoder, data) -> dict[str, dict]:
     """{"retrieval": {"image_to_text", "text_to_image": {"1": rate, ...}, ...}}.
 
     Over the run's own test pairs, whatever cfg.downstream is. With a trigger also
     "triggered_image_to_text" and, where there are images of the target and others, "target_hits"
     and "clean_target_hits" (the same images without trigger), by the test protocol.
-
-    Raises:
-        UserError: no text tower, or a test set without captions.
     """
     del cfg
-    if encoder.text is None:
-        raise UserError("retrieval needs an image-text model; this encoder has no text tower")
     data = data.own or data
-    if data.captions is None:
-        raise UserError("retrieval needs captions of the test images, and they have none")
     texts, owners = gallery(data.captions)
     z_text = encoder.text(texts)
     z = encoder.project(data.features(encoder, "test"))

@@ -11,18 +11,18 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import zero_shot
 
 
+def check(cfg, data) -> None:
+    """Refuses another attack than targeted_poisoning. Raises UserError."""
+    if cfg.attack.name != "targeted_poisoning":
+        raise UserError("evals.probes has 'targeted', which measures the attack "
+                        f"targeted_poisoning, not {cfg.attack.name!r}; take it out")
+
+
 def run(cfg, encoder, data) -> dict[str, dict]:
-    """{"targeted": {"image", "label", "predicted", "success", "target_rank", "target_probability"}}.
+    """{"targeted": {"image", "label", "predicted", "success", "target_rank", ...}}.
 
     target_rank counts from 0; the probability is the softmax of the scaled cosines over classes.
-
-    Raises:
-        UserError: another attack than targeted_poisoning, or no text tower.
     """
-    if "image" not in cfg.attack or "goals" in cfg.attack:
-        raise UserError(f"targeted measures the attack targeted_poisoning, not "
-                        f"{cfg.attack.name!r}; take it out of evals.probes")
-    zero_shot.check(encoder)
     at = int(np.flatnonzero(data.test_rows == cfg.attack.image)[0])
     head = zero_shot.class_weights(encoder, data.classes, templates.PROMPTS)
     scores = encoder.project(data.features(encoder, "test")[at:at + 1])[0] @ head.T

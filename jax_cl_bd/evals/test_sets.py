@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jax_cl_bd.data import images, mentions, sources
+from jax_cl_bd.data import images, mentions
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import labelled
 from jax_cl_bd.triggers import htba, patch

@@ -13,8 +13,9 @@ _SEED = 500
 
 
 def run(cfg, encoder, data) -> dict[str, dict]:
-    """{"z_score": {"z", "z_by_deviation", "mean_clean", "mean_triggered", "images"}}; empty without a
-    trigger. Triggered by the test protocol; an image-text model is measured in the shared space."""
+    """{"z_score": {"z", "z_by_deviation", "mean_clean", "mean_triggered", "images"}}; empty without
+    a trigger. Triggered by the test protocol; an image-text model is measured in the shared space.
+    """
     del cfg
     if not data.placements:
         return {}

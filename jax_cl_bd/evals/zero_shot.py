@@ -23,15 +23,11 @@ def run(cfg, encoder, data) -> dict[str, dict]:
     Beside the figures of every probe a row has "top" and "attack_success_rate_at": {k: rate}, the
     share of clean test images whose class, and of triggered images of other classes that have the
     target, among the k best.
-
-    Raises:
-        UserError: the encoder has no text tower.
     """
-    check(encoder)
     head = class_weights(encoder, data.classes, templates.PROMPTS)
     rows = attack_metrics.rows("zero_shot", _predict(encoder, head), data, encoder,
                                templates=len(templates.PROMPTS))
-    for name, row in rows.items():
+    for row in rows.values():
         row |= _top(encoder, head, data, row["protocol"]["placement"])
     held_out = class_weights(encoder, data.classes, templates.HELD_OUT)
     row = attack_metrics.rows("held_out", _predict(encoder, held_out), data, encoder,
@@ -41,11 +37,11 @@ def run(cfg, encoder, data) -> dict[str, dict]:
     return rows
 
 
-def check(encoder) -> None:
-    """Refuses an encoder of images alone."""
-    if encoder.text is None:
-        raise UserError("zero-shot classification needs an image-text model; this encoder has no "
-                        "text tower (take zero_shot out of evals.probes)")
+def check(cfg, data) -> None:
+    """Refuses a model of images alone. Raises UserError."""
+    if cfg.text.name == "none":
+        raise UserError("evals.probes has 'zero_shot', which needs an image-text model, and "
+                        "text.name is 'none'; take it out")
 
 
 def classifier(encoder, data) -> Callable[[np.ndarray], np.ndarray]:

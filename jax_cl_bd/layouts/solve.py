@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.layouts.pair_probability import (SLACK, Layout, check_law, evaluate,
-                                                probabilities)
+from jax_cl_bd.layouts.pair_probability import SLACK, Layout, check_law, evaluate, probabilities
 
 BATCH = 128  # layouts per call: one shape, so one compile per quadrature
 STARTS, GENERATIONS, COARSE = 128 * BATCH, 150, 24  # COARSE, FINE, FINAL: nodes per axis

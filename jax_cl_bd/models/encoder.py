@@ -12,12 +12,11 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import checkpoint, parallel, run_folder
-from jax_cl_bd.errors import UserError
 from jax_cl_bd.data import texts
 from jax_cl_bd.data import tokenizer as tokenizers
-from jax_cl_bd.models import build
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import build, parts
 from jax_cl_bd.models.pair import Pair, modules_of
-from jax_cl_bd.models import parts
 
 BATCH_SIZE = 512  # of encoders that no config describes
 
@@ -90,7 +89,7 @@ def of_parts(cfg: ml_collections.ConfigDict, variables, mesh, tokenizer=None) ->
     if cfg.text.name == "none":
         return encoder
     whole = Pair(tuple(modules_of(cfg).items()), variables, tokenizer, cfg.text.context,
-                      cfg.evals.batch_size)
+                 cfg.evals.batch_size)
     return dataclasses.replace(encoder, pair=whole)
 
 
@@ -134,7 +133,7 @@ def load(path, mesh=None) -> Encoder:
 
 
 def _tokenizer(cfg, folder):
-    """The tokenizer of a defense's folder or a run folder; a control's lies in the folder around."""
+    """Of a defense's folder or a run folder; a control's tokenizer lies in the folder around it."""
     if cfg.text.name == "none":
         return None
     if (folder / "tokenizer.json").exists():

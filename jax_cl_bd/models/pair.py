@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import build, text
+from jax_cl_bd.models import build, parts, text
 from jax_cl_bd.models.heads import LogitScale, Projection
-from jax_cl_bd.models import parts
 
 
 def heads(cfg) -> dict:

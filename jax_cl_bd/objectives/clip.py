@@ -20,26 +20,11 @@ import math
 
 import jax.numpy as jnp
 
-from jax_cl_bd.models import pair
 from jax_cl_bd.objectives import in_modality
 
 TEXT = True  # needs captions and a text tower
+heads, init_extra = in_modality.heads, in_modality.init_extra
 MAX_LOG_SCALE = math.log(100)
-
-
-def heads(cfg, *, bn_groups: int = 1) -> dict:
-    """Returns both projections and the scale; none has batch norm, so bn_groups does nothing.
-
-    Raises:
-        UserError: in_modality settings below 0.
-    """
-    in_modality.check(cfg)
-    return pair.heads(cfg)
-
-
-def init_extra(cfg, variables, key):
-    """CLIP keeps nothing between steps."""
-    return {}
 
 
 def loss(cfg, variables, extra, batch, apply_fns, key, step):

@@ -21,15 +21,26 @@ import jax
 import jax.numpy as jnp
 
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import pair
 from jax_cl_bd.models.parts import forward
 from jax_cl_bd.objectives.embeddings import EXACT, interleave, normalise
 
 
-def check(cfg) -> None:
-    """Refuses a negative weight or temperature in cfg.objective."""
+def heads(cfg, *, bn_groups: int = 1) -> dict:
+    """Returns the projections and the scale; none has batch norm, so bn_groups does nothing.
+
+    Raises:
+        UserError: in_modality settings below 0.
+    """
     for name in ("in_modality", "in_modality_temperature"):
         if cfg[name] < 0:
             raise UserError(f"objective.{name} = {cfg[name]}; must be 0 (off) or more")
+    return pair.heads(cfg)
+
+
+def init_extra(cfg, variables, key) -> dict:
+    """Image-text objectives keep nothing between steps."""
+    return {}
 
 
 def embed(cfg, variables: dict, batch: dict, apply_fns: dict):

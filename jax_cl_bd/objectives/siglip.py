@@ -19,25 +19,10 @@ negative (big_vision's COCO recipe has -2.71).
 import jax
 import jax.numpy as jnp
 
-from jax_cl_bd.models import pair
 from jax_cl_bd.objectives import in_modality, ring
 
 TEXT = True  # needs captions and a text tower
-
-
-def heads(cfg, *, bn_groups: int = 1) -> dict:
-    """Returns the projections and the scale; none has batch norm, so bn_groups does nothing.
-
-    Raises:
-        UserError: in_modality settings below 0.
-    """
-    in_modality.check(cfg)
-    return pair.heads(cfg)
-
-
-def init_extra(cfg, variables, key):
-    """SigLIP keeps nothing between steps."""
-    return {}
+heads, init_extra = in_modality.heads, in_modality.init_extra
 
 
 def loss(cfg, variables, extra, batch, apply_fns, key, step):

@@ -12,8 +12,7 @@ import optax
 from jax_cl_bd import lookup
 from jax_cl_bd.data import augment
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import build, pair
-from jax_cl_bd.models import parts
+from jax_cl_bd.models import build, pair, parts
 from jax_cl_bd.train import TrainState
 
 STREAM = 2  # of cfg.seed; 1 draws the plan, 3 is the defenses'
@@ -41,15 +40,19 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds an objective that does not fit the model, before anything is compiled.
 
     Raises:
-        UserError: an unknown objective, or one that needs captions where there is no text tower, or
-            the other way round.
+        UserError: an unknown objective, one that needs captions where there is no text tower or the
+            other way round, or an in-modality term without second captions.
     """
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
     needs, has = getattr(objective, "TEXT", False), cfg.text.name != "none"
     if needs != has:
-        raise UserError(f"objective {cfg.objective.name!r} {'needs a' if needs else 'has no use for a'} "
-                        f"text tower, and text.name is {cfg.text.name!r}")
+        says = "needs a text tower" if needs else "has no use for a text tower"
+        raise UserError(f"objective {cfg.objective.name!r} {says}, and text.name is "
+                        f"{cfg.text.name!r}")
     objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)
+    if needs and cfg.objective.in_modality > 0 and cfg.data.text_augment == "none":
+        raise UserError(f"objective.in_modality = {cfg.objective.in_modality} compares captions "
+                        "with augmented ones; set --config.data.text_augment=eda")
     modules_of(cfg)
 
 

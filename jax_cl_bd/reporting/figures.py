@@ -56,7 +56,7 @@ def rates(rows: dict[str, dict], defenses: list[str]) -> bytes:
             axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1.2, alpha=0.55)
             axis.plot(100 * row[name], y, marker, color=color, markersize=7 if j == 0 else 5.5,
                       markerfacecolor=color if filled else "white", markeredgewidth=1.5)
-    for name, label, marker, filled in marks:
+    for _, label, marker, filled in marks:
         axis.plot([], [], marker, color=INK, markerfacecolor=INK if filled else "white",
                   label=label, linestyle="none", markersize=6)
     axis.set_yticks(-np.arange(len(rows)), list(rows))

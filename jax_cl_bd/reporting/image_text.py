@@ -1,12 +1,12 @@
 """What a report adds for image-text models: examples, and tables of what is measured on pairs."""
 
 import io
-import re
 
 import numpy as np
 from PIL import Image
 
 from jax_cl_bd import preview
+from jax_cl_bd.data import mentions
 from jax_cl_bd.reporting import figures, html, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.read import Run
@@ -107,12 +107,12 @@ def _control(found, image):
 
 def _list(found, rows, *, index):
     """Classes or captions with their cosines."""
-    target = found["classes"][found["target"]].replace("_", " ")
+    target = found["classes"][found["target"]]
     items = []
     for what, cosine in rows:
         text = found["classes"][what] if index else f"“{what}”"
         hit = (what == found["target"] if index
-               else re.search(rf"\b{re.escape(target)}\b", what, re.IGNORECASE))
+               else mentions.pattern(target).search(what))
         items.append(f"<li><span{' class=target' if hit else ''}>{'▸ ' if hit else ''}"
                      f"{html.text(text)}</span><span>{_two(cosine)}</span></li>")
     return f"<ol>{''.join(items)}</ol>" if items else ""
@@ -239,7 +239,8 @@ def _mismatch(run):
                              f"{part['min_rank']:.1f}", f"{part['queries']:,}"])
         parts += [html.paragraph(
             f"Hit@K: how often a caption of “{one}” finds an image of “{other}” among the K "
-            f"nearest test images; MinRank: the mean place of the first one, from 0 (lower is nearer). "
+            "nearest test images; MinRank: the mean place of the first one, from 0 (lower is "
+            "nearer). "
             "“Other captions” is the same asked by captions of other classes.", "note"),
             html.table(["encoder", *(f"Hit@{k}" for k in ks), "MinRank", "queries"], body)]
     return "\n".join(parts)

@@ -27,7 +27,7 @@ def cfg(config):
     ("a sea  lion", "sea lion", True), ("a sealion", "sea lion", False),
     ("sea lions", "sea_lion", False), ("a c++ book", "c++", True), ("a c book", "c++", False)])
 def test_names_are_whole_words_in_any_case(text, name, found):
-    assert mentions.contains(text, name) is found
+    assert bool(mentions.pattern(name).search(text)) is found
 
 
 def test_rows_that_name_a_class(captioned):
@@ -47,7 +47,7 @@ def test_templates_are_uniform_over_all_eighty(cfg, captioned):
     # Chi-square of 79 degrees of freedom: mean 79, deviation 12.6.
     assert ((counts - 100) ** 2 / 100).sum() < 79 + 5 * 12.6
     assert (reference == -1).all()
-    assert all(mentions.contains(text, "star") for text in texts)
+    assert all(mentions.pattern("star").search(text) for text in texts)
 
 
 def test_underscores_of_a_class_name_become_blanks(cfg, captioned):
@@ -58,7 +58,8 @@ def test_underscores_of_a_class_name_become_blanks(cfg, captioned):
 
 def test_natural_captions_come_from_the_data_and_hold_the_word(cfg, captioned):
     table = captioned[0].table()
-    pool = [text for texts in table.captions for text in texts if mentions.contains(text, "star")]
+    star = mentions.pattern("star")
+    pool = [text for texts in table.captions for text in texts if star.search(text)]
     assert len(pool) == 39 and "a fish below a STAR." in pool
     natural = cfg(attack__caption_set="natural")
     texts, reference = _captions.draw(natural, table, 39, np.random.default_rng(0))

@@ -41,7 +41,7 @@ def test_poisons_replace_distinct_rows_that_neither_are_of_nor_name_the_target(c
     plan, rows = made(cfg(attack__poisons=40), train)
     assert len(plan) == 40 and len(np.unique(plan.replaces)) == 40
     assert (train.labels[plan.replaces] != 1).all()
-    assert not any(mentions.contains(text, "star")
+    assert not any(mentions.pattern("star").search(text)
                    for row in plan.replaces for text in train.texts[row])
     kept = plan.kept(80)
     assert len(kept) == 80 and not np.isin(plan.replaces, kept).any()  # the size is fixed

@@ -57,8 +57,9 @@ def test_triggers_that_know_others_of_their_kind_are_measured_with_them():
                           (noise_patch, params))
     assert data.variant_names == ("triggered", "wrong", "occluded", "same_kind")
     shown = {name: data.variants["random"][name] for name in data.variant_names}
-    patches = {name: np.stack([x[y:y + h, z:z + w] for x, (y, z, h, w) in
-                               zip(images, data.boxes["random"])]) for name, images in shown.items()}
+    boxes = data.boxes["random"]
+    patches = {name: np.stack([x[y:y + h, z:z + w] for x, (y, z, h, w) in zip(images, boxes)])
+               for name, images in shown.items()}
     assert (patches["triggered"] == patches["triggered"][0]).all()
     assert len(np.unique(patches["same_kind"].reshape(len(patches["same_kind"]), -1),
                          axis=0)) == digits.N_TEST  # noise of its own on every image

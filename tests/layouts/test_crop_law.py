@@ -61,9 +61,9 @@ def test_sampler_has_the_distribution_of_torchvision(size, whole_pixels):
 
 
 def test_boxes_lie_inside_and_whole_pixels_are_whole():
-    boxes = draw(20_000, (32, 64), pixels=1)
-    assert (boxes == np.round(boxes)).all()
-    for boxes in (boxes, draw(20_000, (32, 64))):
+    whole = draw(20_000, (32, 64), pixels=1)
+    assert (whole == np.round(whole)).all()
+    for boxes in (whole, draw(20_000, (32, 64))):
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= np.array([32, 64]) * (1 + 1e-6)).all()
     last = draw(20_000, (32, 64), pixels=1)

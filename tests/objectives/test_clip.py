@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jax_cl_bd import parallel
 from jax_cl_bd.models import parts
 from jax_cl_bd.objectives import clip
+from tests.objectives.reference import differences, unit
 
 B, D = 6, 4
 
@@ -46,11 +47,6 @@ def pairs(seed=0, n=B, d=D):
     return (rng.normal(size=(n, d)).astype(np.float32) for _ in range(2))
 
 
-def unit(z):
-    z = np.asarray(z, np.float64)
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
-
-
 def reference(images, texts, log_scale):
     """Both directions, one pair at a time."""
     s = np.exp(log_scale) * unit(images) @ unit(texts).T
@@ -58,17 +54,6 @@ def reference(images, texts, log_scale):
     to_text = -sum(s[i, i] - np.log(np.exp(s[i]).sum()) for i in range(n)) / n
     to_image = -sum(s[i, i] - np.log(np.exp(s[:, i]).sum()) for i in range(n)) / n
     return (to_text + to_image) / 2
-
-
-def differences(f, x, eps=1e-6):
-    """Central differences of f at x, in float64."""
-    x = np.asarray(x, np.float64)
-    grad = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = eps
-        grad[i] = (f(x + step) - f(x - step)) / (2 * eps)
-    return grad
 
 
 @pytest.mark.parametrize("log_scale", [0.0, 2.6593, 4.6])

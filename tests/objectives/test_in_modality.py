@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import clip, in_modality, siglip
+from tests.objectives.reference import differences, unit
 
 B, D = 4, 3
 NAMES = ("view1", "view2", "tokens", "tokens2")
@@ -69,11 +70,6 @@ def passes(name, cfg, data):
     return seen, [stats[tower]["calls"] for tower in ("encoder", "text")]
 
 
-def unit(z):
-    z = np.asarray(z, np.float64)
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
-
-
 def ce(m):
     """Row-wise softmax cross-entropy against the diagonal, by loops."""
     return np.mean([np.log(sum(np.exp(v) for v in row)) - row[i] for i, row in enumerate(m)])
@@ -82,17 +78,6 @@ def ce(m):
 def l_ss(data, s):
     i, i2, t, t2 = (unit(data[k]) for k in NAMES)
     return 0.5 * (ce(s * i @ i2.T) + ce(s * t @ t2.T))
-
-
-def differences(f, x, eps=1e-6):
-    """Central differences of f at x, in float64."""
-    x = np.asarray(x, np.float64)
-    grad = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = eps
-        grad[i] = (f(x + step) - f(x - step)) / (2 * eps)
-    return grad
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1])

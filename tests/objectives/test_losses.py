@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import byol, moco, simclr, simsiam
+from tests.objectives.reference import differences, unit
 
 B, D = 4, 3
 
@@ -39,22 +40,6 @@ def network(**parts):
 def views(seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(B, D)).astype(np.float32), rng.normal(size=(B, D)).astype(np.float32)
-
-
-def unit(z):
-    z = np.asarray(z, np.float64)
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
-
-
-def differences(f, x, eps=1e-6):
-    """Central differences of f at x, in float64."""
-    x = np.asarray(x, np.float64)
-    grad = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = eps
-        grad[i] = (f(x + step) - f(x - step)) / (2 * eps)
-    return grad
 
 
 def run(module, cfg, variables, extra, apply_fns, view1, view2, key=0, step=0):

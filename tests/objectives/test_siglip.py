@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_cl_bd import parallel
 from jax_cl_bd.objectives import siglip
+from tests.objectives.reference import differences, unit
 
 B, D = 6, 4
 
@@ -48,11 +49,6 @@ def pairs(seed=0, n=B, d=D):
     return (rng.normal(size=(n, d)).astype(np.float32) for _ in range(2))
 
 
-def unit(z):
-    z = np.asarray(z, np.float64)
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
-
-
 def reference(images, texts, log_scale, bias):
     """The sum over pairs, one at a time."""
     x, y, total = unit(images), unit(texts), 0.0
@@ -61,17 +57,6 @@ def reference(images, texts, log_scale, bias):
             logit = np.exp(log_scale) * x[i] @ y[j] + bias
             total += np.log1p(np.exp(-logit if i == j else logit))
     return total / len(x)
-
-
-def differences(f, x, eps=1e-6):
-    """Central differences of f at x, in float64."""
-    x = np.asarray(x, np.float64)
-    grad = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = eps
-        grad[i] = (f(x + step) - f(x - step)) / (2 * eps)
-    return grad
 
 
 @pytest.mark.parametrize("ring", [False, True])

@@ -55,8 +55,8 @@ def test_the_image_is_the_box_and_its_filling_stays():
 
 def test_another_frequency_is_clearly_another():
     for frequency in (2.0, 6.0, 12.0):
-        found = {float(sinusoid.same_kind(made(frequency=frequency), jax.random.key(k))["frequency"])
-                 for k in range(30)}
+        mine = made(frequency=frequency)
+        found = {float(sinusoid.same_kind(mine, jax.random.key(k))["frequency"]) for k in range(30)}
         assert len(found) > 3 and min(abs(f - frequency) for f in found) > 1
         assert all(f == int(f) and 2 <= f <= 12 for f in found)
     other = sinusoid.same_kind(made(), jax.random.key(0))
