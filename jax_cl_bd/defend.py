@@ -71,8 +71,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     out = folder / "defenses" / cfg.defense.name
     results = {}
     suspects = [("victim", victim, out)]
-    if getattr(defense, "USES_VICTIM", True) and run_folder.is_done(victim / "control/pretrain"):
-        suspects.append(("control", victim / "control", out / "control"))
+    control = run_folder.control_of(cfg, victim)
+    if getattr(defense, "USES_VICTIM", True) and control is not None:
+        suspects.append(("control", control, out / "control"))
     for label, place, where in suspects:
         suspect = encoders.load(place, mesh)
         outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)

@@ -90,6 +90,8 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled."""
     if not cfg.evals.probes:
         raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
+    if cfg.control_from:
+        run_folder.control_of(cfg, epath.Path(cfg.control_from))
     probes = [lookup.load("evals", name, offers="run") for name in cfg.evals.probes]
     _check_labels(cfg)
     data = test_data(cfg, poison.make_trigger(cfg))
@@ -122,8 +124,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     mesh = parallel.make_mesh(cfg.mesh)
     data = test_data(cfg, poison.load_trigger(cfg, victim))
     found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, victim, mesh)}
-    if run_folder.is_done(victim / "control" / "pretrain"):
-        found["control"] = encoders.load(victim / "control", mesh)
+    if (control := run_folder.control_of(cfg, victim)) is not None:
+        found["control"] = encoders.load(control, mesh)
     results = {label: measure(cfg, encoder, data, label) for label, encoder in found.items()}
     for label in results:
         add_excess(results[label], results.get("control") if label != "control" else None)

@@ -54,13 +54,16 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
-    """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`."""
+    """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`.
+
+    The twin is left out where cfg.control_from names another run's.
+    """
     source = sources.load(cfg.data, "train")
     plan, rows = poison.load(folder)
     captions = texts.load(cfg, folder, source)
     sets = {"victim": (folder, PoisonedSet(source, plan, rows, captions))}
     steps, per_epoch = total_steps(cfg, len(sets["victim"][1].kept))
-    if cfg.control:
+    if cfg.control and not cfg.control_from:
         sets["control"] = (folder / "control", PoisonedSet(source, texts=captions))
     settings = run_folder.settings_of(cfg, run_folder.PRETRAIN_GROUPS)
     mesh = parallel.make_mesh(cfg.mesh)

@@ -16,8 +16,8 @@ from jax_cl_bd.errors import UserError
 # Which config groups each stage depends on, its predecessors' included (design 1).
 POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
 PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train")
-EVALUATE_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream")
-DEFEND_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream", "defense")
+EVALUATE_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream", "control_from")
+DEFEND_GROUPS = EVALUATE_GROUPS + ("defense",)
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
@@ -99,6 +99,28 @@ def begin(stage: epath.Path, settings: dict[str, Any]) -> None:
 def finish(stage: epath.Path, settings: dict[str, Any]) -> None:
     """Marks a stage complete."""
     write_json(stage / "done.json", {"hash": hash_of(settings)})
+
+
+def control_of(cfg: ml_collections.ConfigDict, victim: epath.Path) -> epath.Path | None:
+    """The folder of the clean encoder that a victim is measured against; None if there is none.
+
+    It is the twin in `victim`, or what cfg.control_from names: another run with a control of its
+    own, or a run without poisons (so that many victims share one control, or have one of another
+    seed).
+
+    Raises:
+        UserError: control_from holds no finished clean encoder.
+    """
+    if not cfg.control_from:
+        twin = victim / "control"
+        return twin if is_done(twin / "pretrain") else None
+    given = epath.Path(cfg.control_from)
+    if is_done(given / "control" / "pretrain"):
+        return given / "control"
+    if is_done(given / "pretrain") and not read_config(given).attack.poisons:
+        return given
+    raise UserError(f"control_from={cfg.control_from!r} must be a run folder with a finished "
+                    "control, or one of a finished run with attack.poisons=0")
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def is_done(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> b
     if stage == "defend" and cfg.defense.name == "none":
         return True
     done = run_folder.is_done(place_of(cfg, folder, stage))
-    if stage == "pretrain" and cfg.control:
+    if stage == "pretrain" and cfg.control and not cfg.control_from:
         done = done and run_folder.is_done(folder / "control" / "pretrain")
     return done
 

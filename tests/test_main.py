@@ -100,6 +100,7 @@ def quickstart(**changes):
     ({"evals.probes": ("retrieval",)}, "needs an image-text model"),
     ({"evals.probes": ("targeted",)}, "measures the attack targeted_poisoning"),
     ({"evals.probes": ("mismatch",)}, "measures the attack mismatched_pairs"),
+    ({"control_from": "no/such/run"}, "control_from"),
     ({"optim.name": "adamw"}, "needs optim.b1"),
 ])
 def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
@@ -190,6 +191,18 @@ def test_a_victim_brings_what_made_it_and_leaves_the_rest(tmp_path):
     given = quickstart(victim=str(tmp_path), **{"data.workers": 2, "evals.knn_k": 3})
     cfg = stages.with_victim(given)
     assert (cfg.seed, cfg.attack.poisons, cfg.data.workers, cfg.evals.knn_k) == (5, 6, 2, 3)
+
+
+@pytest.mark.slow
+def test_a_victim_is_measured_against_the_control_of_another_run(tmp_path):
+    stages_ = ["poison", "pretrain", "evaluate"]
+    first, second = epath.Path(tmp_path / "first"), epath.Path(tmp_path / "second")
+    stages.run(quickstart(), first, stages_)
+    stages.run(quickstart(seed=1, control_from=str(first)), second, stages_)
+    assert not (second / "control").exists()
+    mine, theirs = (run_folder.read_json(f / "results.json") for f in (second, first))
+    assert mine["control"]["linear_probe"]["clean_accuracy"] == theirs["control"]["linear_probe"]["clean_accuracy"]
+    assert mine["victim"]["linear_probe"]["clean_accuracy"] != theirs["victim"]["linear_probe"]["clean_accuracy"]
 
 
 def test_a_stage_without_its_predecessor_says_which(tmp_path):

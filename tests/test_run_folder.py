@@ -45,6 +45,28 @@ def test_done_is_one_file(tmp_path):
     assert run_folder.is_done(stage)
 
 
+def test_the_control_is_the_twin_or_the_clean_encoder_of_another_run(tmp_path):
+    def made(name, poisons, *done):
+        folder = epath.Path(tmp_path / name)
+        run_folder.write_config(folder, ConfigDict({"attack": {"poisons": poisons}}))
+        for stage in done:
+            run_folder.finish(folder / stage, {})
+        return folder
+
+    both = made("both", 7, "pretrain", "control/pretrain")
+    alone, clean = made("alone", 7, "pretrain"), made("clean", 0, "pretrain")
+    unfinished = made("unfinished", 0)
+
+    def control(victim, given=""):
+        return run_folder.control_of(ConfigDict({"control_from": str(given)}), victim)
+
+    assert control(both) == both / "control" and control(alone) is None
+    assert control(alone, both) == both / "control" and control(both, clean) == clean
+    for given in (alone, unfinished, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="control_from"):
+            control(both, given)
+
+
 def test_second_writer_is_kept_out_and_a_dead_one_is_not(tmp_path):
     folder = epath.Path(tmp_path)
     with run_folder.locked(folder):
