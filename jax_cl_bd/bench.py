@@ -1,8 +1,8 @@
 """python -m jax_cl_bd.bench step|feed|augment|layout [--config=FILE[:args]] [--json]
 
 Rates as ratios within one run: the whole step (feed, augmentation, update) against the bare model
-step on fixed arrays, both compiled, warmed up and timed in turns. `feed` says whether the feed
-starves the device.
+step on fixed arrays, both compiled, warmed up and timed in turns, both dispatched as the training
+loop does it. `feed` says whether the feed starves the device.
 """
 
 import json
@@ -65,16 +65,22 @@ def _texts(cfg, source):
         return texts.load(cfg, epath.Path(folder), source)
 
 
-def _alternate(first, second, seconds: float, rounds: int = 5) -> tuple[float, float]:
-    """Calls per second of two functions, timed in turns; the median round of each."""
+def _alternate(first, second, seconds: float, look_every: int,
+               rounds: int = 5) -> tuple[float, float]:
+    """Calls per second of two functions, timed in turns; the median round of each.
+
+    As in the training loop the results are waited for every `look_every` calls; the host works
+    ahead in between.
+    """
     rates = ([], [])
     for _ in range(rounds):
         for call, found in zip((first, second), rates):
             count, begun = 0, time.perf_counter()
             while time.perf_counter() - begun < seconds / rounds:
-                result = call()
-                count += 1
-            jax.block_until_ready(result)
+                for _ in range(look_every):
+                    result = call()
+                jax.block_until_ready(result)
+                count += look_every
             found.append(count / (time.perf_counter() - begun))
     return tuple(sorted(found)[rounds // 2] for found in rates)
 
@@ -82,8 +88,8 @@ def _alternate(first, second, seconds: float, rounds: int = 5) -> tuple[float, f
 def step(cfg) -> dict:
     """Images per second of the whole training step, of the bare model step, and their ratio.
 
-    An image counts once, though each gives two views. Both steps wait for their result, so that
-    the host work of the feed is not hidden behind a queue of dispatched steps.
+    An image counts once, though each gives two views. Both are sustained rates, with results
+    looked at every train.log_every steps.
     """
     mesh, made, tx, steps, state, shardings = _setup(cfg)
     update = training.make_update(cfg, tx, steps)
@@ -101,16 +107,16 @@ def step(cfg) -> dict:
         def whole():
             box["whole"], metrics = whole_fn(box["whole"], data,
                                              parallel.put_rows(mesh, next(batches)))
-            return jax.block_until_ready(metrics)
+            return metrics
 
         def bare():
             box["bare"], metrics = bare_fn(box["bare"], views, key)
-            return jax.block_until_ready(metrics)
+            return metrics
 
         for _ in range(2):
-            whole(), bare()
+            jax.block_until_ready((whole(), bare()))
         before = len(compiled)
-        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value)
+        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value, cfg.train.log_every)
         batches.close()
     size = cfg.train.batch_size
     return {"images_per_second": whole_rate * size, "bare_images_per_second": bare_rate * size,
