@@ -22,14 +22,15 @@ views (theirs are AutoAugment's, ours MoCo's; EDA captions), batches of 1,024, l
 The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
 --config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
-reference, optimized_patch, none), tower=rn50|vit_b32, objective=clip|siglip, in_modality,
+reference, optimized_patch, random_patch, none), tower=rn50|vit_b32, objective=clip|siglip,
+in_modality,
 downstream=DATA, seed=N.
 """
 
 from configs import common
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
-           "optimized_patch", "none")
+           "optimized_patch", "random_patch", "none")
 TOWERS = dict(
     rn50=dict(name="clip_resnet", width=64, stages=(3, 4, 6, 3), heads=32, dtype="bfloat16",
               bn_groups=1),

@@ -3,16 +3,16 @@
     python -m jax_cl_bd --config=configs/clip_scenes.py:badnets --workdir=runs/clip_badnets
 
 Arguments after the colon: the attack (badnets, blended, sig, wanet, label_consistent, natural,
-reference, optimized_patch, targeted, mismatched, none), debug, fresh (noise drawn anew for every
-image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 % poisons),
-objective=clip|siglip, defense=none|fine_tune|retrain, target=CLASS, seed=N. docs/results.md has
-times and numbers.
+reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fresh (noise drawn
+anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
+poisons), objective=clip|siglip, defense=none|fine_tune|retrain, target=CLASS, seed=N.
+docs/results.md has times and numbers.
 """
 
 from configs import common
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
-           "optimized_patch", "targeted", "mismatched", "none")
+           "optimized_patch", "random_patch", "targeted", "mismatched", "none")
 MEASURED_BY = dict(targeted=("targeted",), mismatched=("mismatch",))
 
 
@@ -61,6 +61,7 @@ def get_config(arg=""):
         # At the paper's weight of 500 the triplet alone decides, and no patch of 5 px lowers it.
         cfg.attack.update(surrogate_steps=1000, optimise_pairs=2000, optimise_steps=1000, lr=0.02,
                           triplet_weight=1.0)
+    if attack in ("optimized_patch", "random_patch"):
         cfg.attack.trigger.train_place = "random"  # as the test protocol has it
     if attack == "mismatched":  # a search for hearts finds stars
         cfg.attack.goals = (("heart", "star"),)

@@ -129,6 +129,8 @@ def pair_attack(name, *, target, poisons, trigger_size, side):
                          "surrogate": "", "surrogate_steps": 5000, "surrogate_fraction": 0.5,
                          "optimise_pairs": 10_000, "optimise_steps": 7800, "batch_size": 64,
                          "lr": 1e-3, "margin": 1.0, "triplet_weight": 500.0},
+        random_patch={**backdoor, "caption_set": "natural",  # what optimized_patch starts from
+                      "trigger": {**trigger, "name": "learned_patch", "train_place": "center"}},
         targeted={**backdoor, "name": "targeted_poisoning", "image": 0,
                   "trigger": {**trigger, "name": "none"}},
         mismatched={**backdoor, "name": "mismatched_pairs", "kind": "II", "goals": (),
@@ -164,7 +166,8 @@ def evals(**changes):
 def config(**groups):
     """Builds the ConfigDict from plain dicts; what a config does not set has its default here."""
     defaults = dict(seed=0, control=True, control_from="", victim="", downstream="",
-                    mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(), defense=dict(name="none"))
+                    mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(),
+                    defense=dict(name="none"))
     return ml_collections.ConfigDict(defaults | groups)
 
 

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import defend, evaluate, poison, pretrain, report, run_folder
+from jax_cl_bd import defend, evaluate, lookup, poison, pretrain, report, run_folder
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import table
@@ -122,6 +122,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -
     victim = epath.Path(cfg.victim) if cfg.victim else folder
     made_here = [stage for stage in ("poison", "pretrain") if not cfg.victim]
     settings = {stage: run_folder.settings_of(cfg, GROUPS[stage]) for stage in GROUPS}
+    settings["poison"] = run_folder.settings_of(cfg, _poison_groups(cfg))
     for stage in GROUPS:  # what a stage reads must fit too, not only what it makes
         if stage in made_here or (stage in chosen and stage in ("evaluate", "defend")):
             run_folder.check_settings(place_of(cfg, folder, stage), settings[stage])
@@ -144,6 +145,13 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -
         if stage != "pretrain":  # which marks victim and control by itself
             run_folder.finish(place, settings[stage])
     _print_results(folder)
+
+
+def _poison_groups(cfg) -> tuple[str, ...]:
+    """What poisons depend on: more, where the attack learns a trigger with a model of its own."""
+    attack = lookup.load("attacks", cfg.attack.name, offers="plan")
+    learns = not (cfg.attack.trigger_from or cfg.attack.get("surrogate", ""))
+    return GROUPS["poison"] + (getattr(attack, "GROUPS", ()) if learns else ())
 
 
 def _print_results(folder: epath.Path) -> None:

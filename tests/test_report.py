@@ -26,7 +26,7 @@ CLASSES, TARGET, N = 10, 3, 400
 def config(seed=0, target=TARGET, objective="simclr"):
     view = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))
     return ml_collections.ConfigDict(dict(
-        seed=seed, control=True, victim="", downstream="",
+        seed=seed, control=True, control_from="", victim="", downstream="",
         data=dict(name="digits", data_dir="", image_size=16, workers=0),
         attack=dict(name="noisy_alignment", target=target, poisons=40,
                     trigger=dict(name="patch", id=14, size=4, opacity=1.0)),

@@ -9,11 +9,12 @@ natural captions of the target (its "ours_tnature").
 From the authors' embeding_optimize_patch.py: start clip(N(0.5, 0.25), 0, 1), Adam at 1e-3, batches
 of 64, patch where the poisons have it (trigger.train_place; there the centre), clipped when pasted,
 positives and negatives not matched to the anchor, margin 1, weight 500, images augmented with
-probability 0.5 per batch, patch stored in 8 bits. Where we differ: the surrogate is by default
-trained here, with another seed and on a random part of the images (the paper's is OpenAI's RN50,
-and so knows nothing of the victim's data), or is any run folder's encoder (`surrogate`; the
-victim's own clean twin makes it a white-box attack); captions are not augmented (the authors: with
-probability 0.1); the clip to [0, 1] is a projection after each step.
+probability 0.5 per batch before the patch is pasted, patch stored in 8 bits. Where we differ: the
+augmentation is a crop of 0.6 to 1 of the area and a flip (the authors: AutoAugment); the surrogate
+is by default trained here, with another seed and on a random part of the images (the paper's is
+OpenAI's RN50, and so knows nothing of the victim's data), or is any run folder's encoder
+(`surrogate`; the victim's own clean twin makes it a white-box attack); captions are not augmented
+(the authors: with probability 0.1); the clip to [0, 1] is a projection after each step.
 """
 
 import jax
@@ -35,6 +36,7 @@ from jax_cl_bd.train import born_sharded, fit
 from jax_cl_bd.triggers import learned_patch, optimize
 
 SURROGATE_SEED = 1000  # added to the run's seed
+GROUPS = ("model", "objective", "optim", "train")  # of the config, that the patch depends on too
 
 render = image_text_backdoor.render
 plan = image_text_backdoor.plan
@@ -73,6 +75,9 @@ def prepare(cfg, source, folder: epath.Path, key: jax.Array) -> dict[str, np.nda
     surrogate = encoders.load(place, mesh)
     if surrogate.text is None:
         raise UserError(f"attack.surrogate {str(place)!r} is an encoder of images alone")
+    if surrogate.image_size != cfg.data.image_size:
+        raise UserError(f"attack.surrogate {str(place)!r} takes images of {surrogate.image_size} "
+                        f"px, and data.image_size is {cfg.data.image_size}")
     start_key, run_key = jax.random.split(key)
     start = learned_patch.init(cfg.attack.trigger, start_key)
     data, batches = _pairs(cfg, source, surrogate)
@@ -148,17 +153,16 @@ def _pairs(cfg, source, surrogate):
 def _loss(cfg, surrogate):
     """Gives loss(patch pixels, data, batch, key), see the module's docstring."""
     attack, opacity = cfg.attack, cfg.attack.trigger.opacity
-    mean, std = np.float32(cfg.data.mean), np.float32(cfg.data.std)
+    mean, std = np.float32(surrogate.mean), np.float32(surrogate.std)
     scale = surrogate.logit_scale
     embed = surrogate.pair.image_embedding  # (normalised images) -> [B, E]
 
     def loss(pixels, data, batch, key):
         coin_key, view_key = jax.random.split(key)
-        chosen = data["images"][batch["images"]]
-        stamped = learned_patch.apply({"image": pixels, "opacity": opacity},
-                                      chosen.astype(jnp.float32) / 255, batch["boxes"],
-                                      None)
-        stamped = _maybe_augmented(cfg, stamped, coin_key, view_key)
+        chosen = data["images"][batch["images"]].astype(jnp.float32) / 255
+        chosen = _maybe_augmented(cfg, chosen, coin_key, view_key)
+        stamped = learned_patch.apply({"image": pixels, "opacity": opacity}, chosen,
+                                      batch["boxes"], None)
         z = normalise(embed((stamped - mean) / std))
         logits = scale * jnp.matmul(z, data["text"][batch["images"]].T, precision=EXACT)
         own = jnp.arange(len(z))

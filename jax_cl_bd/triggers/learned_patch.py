@@ -26,6 +26,12 @@ def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     return {"image": stored(pixels), "opacity": np.float32(cfg.opacity)}
 
 
+def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
+    """A random patch of the same size and opacity: what optimisation starts from."""
+    pixels = jnp.clip(0.5 + 0.25 * jax.random.normal(key, params["image"].shape), 0.0, 1.0)
+    return {**params, "image": stored(pixels)}
+
+
 def stored(pixels) -> np.ndarray:
     """Rounds to the 256 levels of an image file."""
     return np.round(np.asarray(pixels, np.float32) * 255).astype(np.float32) / np.float32(255)

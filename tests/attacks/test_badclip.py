@@ -45,10 +45,17 @@ def test_loss_by_hand():
     """Textual consistency and the triplet, on a surrogate that is one linear map."""
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(4 * 4 * 3, 5)).astype(np.float32)
-    surrogate = types.SimpleNamespace(logit_scale=7.0, pair=types.SimpleNamespace(
-        image_embedding=lambda x: x.reshape(len(x), -1) @ matrix))
+    seen = []
+
+    def embed(x):
+        seen.append(np.asarray(x))
+        return x.reshape(len(x), -1) @ matrix
+
+    mean, std = np.array((0.1, 0.2, 0.3)), np.array((0.5, 0.6, 0.7))
+    surrogate = types.SimpleNamespace(logit_scale=7.0, mean=mean, std=std,
+                                      pair=types.SimpleNamespace(image_embedding=embed))
     cfg = ml_collections.ConfigDict(dict(
-        data=dict(image_size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)),
+        data=dict(image_size=4, mean=(9, 9, 9), std=(9, 9, 9)),  # another model's: of no use here
         augment=dict(interpolation="bilinear"),
         attack=dict(margin=1.0, triplet_weight=3.0, trigger={**TRIGGER, "opacity": 1.0})))
     unit = rng.normal(size=(3, 6, 5))
@@ -59,16 +66,17 @@ def test_loss_by_hand():
              "negatives": np.array([3, 3, 2]), "boxes": np.array([[0, 0, 2, 2], [1, 2, 2, 2],
                                                                   [2, 1, 2, 2]])}
     pixels = rng.random((2, 2, 3)).astype(np.float32)
-    plain = next(k for k in map(jax.random.key, range(9))
-                 if not jax.random.bernoulli(jax.random.split(k)[0]))  # no augmentation
-    got = badclip._loss(cfg, surrogate)(pixels, jax.tree.map(np.float32, data) | {
-        "images": data["images"]}, batch, plain)
+    plain, augmented = (next(k for k in map(jax.random.key, range(9))
+                             if bool(jax.random.bernoulli(jax.random.split(k)[0])) is coin)
+                        for coin in (False, True))
+    data = jax.tree.map(np.float32, data) | {"images": data["images"]}
+    got = badclip._loss(cfg, surrogate)(pixels, data, batch, plain)
 
     z = []
     for row, (y, x, h, w) in zip(batch["images"], batch["boxes"]):
         image = data["images"][row] / 255.0
         image[y:y + h, x:x + w] = pixels
-        z.append(((image - cfg.data.mean) / cfg.data.std).reshape(-1) @ matrix)
+        z.append(((image - mean) / std).reshape(-1) @ matrix)
     z = np.stack(z) / np.linalg.norm(z, axis=1, keepdims=True)
     logits = 7.0 * z @ unit[0][batch["images"]].T
     textual = np.mean([np.log(np.exp(m).sum(1)) - np.diag(m) for m in (logits, logits.T)])
@@ -76,3 +84,9 @@ def test_loss_by_hand():
     far = np.linalg.norm(z - unit[2][batch["negatives"]], axis=1)
     visual = np.maximum(0, near - far + 1).mean()
     np.testing.assert_allclose(got, textual + 3 * visual, rtol=1e-4)
+
+    badclip._loss(cfg, surrogate)(pixels, data, batch, augmented)  # the patch itself never is
+    shown = np.stack([x[y:y + h, z:z + w] for x, (y, z, h, w) in
+                      zip(seen[-1] * std + mean, batch["boxes"])])
+    np.testing.assert_allclose(shown, np.broadcast_to(pixels, shown.shape), atol=1e-6)
+    assert np.abs(seen[-1] - seen[0]).max() > 0.1
