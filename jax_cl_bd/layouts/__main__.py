@@ -22,7 +22,10 @@ def parse(argv):
     """Reads the command line; raises UserError on what argparse does not understand."""
     parser = Parser(prog="python -m jax_cl_bd.layouts", description=(
         "Finds the poison layout with the largest probability that the random crops of one image "
-        "form the attack's pair. All lengths are in one unit: the side of the reference."))
+        "form the attack's pair. All lengths are in one unit: the side of the reference."),
+        epilog="error_bound is an estimate of the numerical error (the quadrature's, plus the "
+               "solver's tolerance around the layout found); it is no guarantee that no other "
+               "layout is better. It is null where no layout is found.")
     parser.add_argument("--scale", nargs=2, type=float, default=(0.2, 1.0),
                         metavar=("LOW", "HIGH"), help="RandomResizedCrop's share of the area")
     parser.add_argument("--ratio", nargs=2, type=float, default=(3 / 4, 4 / 3),
@@ -73,7 +76,9 @@ def table(found: dict) -> str:
         row = "   ".join(f"{axis} {value:.6g}" for axis, value in zip("yxhw", found[name]))
         lines.append(f"{name:<23} {row}")
     lines += [f"{name:<23} {found[name]:.6g}" for name in
-              ("pair_probability", "reference_probability", "trigger_probability", "error_bound")]
+              ("pair_probability", "reference_probability", "trigger_probability")]
+    lines.append(f"{'error_bound':<23} {found['error_bound']:.2g} (quadrature and solver tolerance; "
+                 "no global guarantee)")
     return "\n".join(lines + [f"{name:<23} {found[name]}" for name in ("attack", "law")])
 
 

@@ -8,12 +8,13 @@ from jax_cl_bd.layouts.pair_probability import Layout
 REFERENCE, SHADOW, TRIGGER, INK = "#2f6fb0", "#c9a227", "#b5332e", "#222222"
 
 
-def layout_figure(layout: Layout, pair_probability: float, *, error_bound: float = 0.0,
+def layout_figure(layout: Layout, pair_probability: float, *, error_bound: float | None = None,
                   names=("reference", "shadow"), note: str = "") -> Figure:
     """A figure of canvas, parts and trigger, the pair's probability in its title.
 
     Args:
         layout: lengths in any unit, one layout.
+        error_bound: of `solve.Solution`; a numerical error, so the title calls it that.
         names: what the two parts are called; note: a second line of the title.
     """
     height, width = (float(side) for side in layout.canvas)
@@ -38,7 +39,7 @@ def layout_figure(layout: Layout, pair_probability: float, *, error_bound: float
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), aspect="equal")
     axes.spines[:].set_visible(False)
     title = f"pair probability {pair_probability:.4g}"
-    title += f" ± {error_bound:.1g}" if error_bound else ""
+    title += f" (numerical error about {error_bound:.1g})" if error_bound else ""
     title += f", canvas {height:.4g} x {width:.4g} (h x w)"
     figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, color=INK)
     return figure

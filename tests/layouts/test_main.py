@@ -5,6 +5,8 @@ import matplotlib.image
 import pytest
 
 from jax_cl_bd.layouts.__main__ import main
+from jax_cl_bd.layouts.draw import layout_figure
+from jax_cl_bd.layouts.pair_probability import Layout
 
 
 def test_json_is_one_object_with_the_papers_layout(capsys):
@@ -27,6 +29,7 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
     assert main("--attack corrupt_encoder --trigger 0.15".split()) == 0
     text = capsys.readouterr().out
     assert "pair_probability" in text and "layout.png" in text and "shadow_box" in text
+    assert "no global guarantee" in text
     picture = matplotlib.image.imread(tmp_path / "layout.png")[..., :3]
     assert picture.shape[1] > 600 and picture.shape[1] > picture.shape[0]
     red = (picture[..., 0] > 0.6) & (picture[..., 1] < 0.4)
@@ -47,7 +50,7 @@ def test_a_hopeless_law_is_said_clearly(tmp_path, monkeypatch, capsys):
     assert main("--scale 0.8 1 --json".split()) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pair_probability"] == 0 and found["canvas"] is None
-    assert "no layout" in found["message"]
+    assert "no layout" in found["message"] and found["error_bound"] is None
     assert main("--scale 0.8 1".split()) == 0
     assert "no layout" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -69,3 +72,10 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys):
     path = tmp_path / "missing" / "a.png"
     assert main(["--json", "--picture", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+def test_the_picture_says_what_its_error_is():
+    layout = Layout((1, 2), (0, 0, 1, 1), (0, 1, 1, 1), (0.375, 1.375, 0.25, 0.25))
+    for bound, expected in ((9e-5, "0.02938 (numerical error about 9e-05), canvas"),
+                            (None, "0.02938, canvas")):
+        assert expected in layout_figure(layout, 0.02938, error_bound=bound).get_suptitle()

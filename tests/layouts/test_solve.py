@@ -31,7 +31,7 @@ def test_equal_parts_give_the_papers_layout(seed):
 
 def test_a_solver_that_finds_nothing_fails_the_check():
     paper = Layout(*map(np.array, ((1, 2), (0, 0, 1, 1), (0, 1, 1, 1), (0.375, 1.375, 0.25, 0.25))))
-    for broken in (Solution(None, 0.0, 0.0, 0.0, 0.0), Solution(paper, 0.0, 0.0, 0.0, 0.0)):
+    for broken in (Solution(None, 0.0, 0.0, 0.0, None), Solution(paper, 0.0, 0.0, 0.0, 0.0)):
         with pytest.raises(AssertionError):
             check_paper_optimum(broken)
 
@@ -71,7 +71,7 @@ def test_corrupt_encoder_under_random_resized_crop_is_the_free_shadow():
                                    {"attack": "corrupt_encoder"}])
 def test_nothing_fits_when_every_crop_covers_most_of_the_canvas(extra):
     best = solve(scale=(0.8, 1), ratio=RATIO, trigger=0.25, **extra)
-    assert best == Solution(None, 0.0, 0.0, 0.0, 0.0)
+    assert best == Solution(None, 0.0, 0.0, 0.0, None)
 
 
 def test_narrow_law_is_still_found():
@@ -132,6 +132,15 @@ def test_an_aspect_law_that_prefers_tall_crops_is_not_turned():
     tall = solve(scale=(0.2, 1), ratio=(1.0, 2.0), trigger=0.25)
     assert tall.layout.canvas[0] > tall.layout.canvas[1]
     np.testing.assert_allclose(wide.pair_probability, tall.pair_probability, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trigger", [
+    0.95, pytest.param(0.8, marks=pytest.mark.slow), pytest.param(0.99, marks=pytest.mark.slow)])
+def test_a_large_trigger_gets_the_wide_canvas_too(trigger):
+    best = solve(scale=(0.2, 1), ratio=(0.75, 1.3333), trigger=trigger)
+    np.testing.assert_allclose(best.layout.canvas, (1, 2), atol=0.005)
+    np.testing.assert_allclose(best.layout.shadow_box, (0, 1, 1, 1), atol=0.005)
+    np.testing.assert_allclose(best.layout.trigger_box[:2] + trigger / 2, (0.5, 1.5), atol=0.01)
 
 
 @pytest.mark.parametrize("offset", [-0.3, -0.1, 0.0, 0.1, 0.3])
