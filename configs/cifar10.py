@@ -3,10 +3,11 @@
     TFDS_DATA_DIR=DIR python -m jax_cl_bd --config=configs/cifar10.py:objective=moco \
         --workdir=runs/cifar10_moco
 
-Full size: ResNet-18 with the CIFAR stem, 50,000 images, batch 256, the recipes of
-jsrdcht/SSL-Backdoor (configs/ssl), 2,500 poisons (5 %), 1,200 references, target airplane,
-trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with a small ResNet,
-500 poisons and 2,000 steps, for a CPU with 2 cores.
+Full size: ResNet-18 with the CIFAR stem, 50,000 images, 300 epochs of batch 256 (BYOL 128), the
+recipes of jsrdcht/SSL-Backdoor (configs/ssl) without blur, 2,500 poisons (5 %), 1,200 references,
+target airplane, trigger 14 at 8 px. For one GPU. `reduced` is the same attack on 10,000 images with
+a small ResNet, 500 poisons and 2,000 steps of 256, for a CPU with 2 cores; it is no published
+recipe, docs/papers.md ("Objectives") has the differences.
 Arguments after the colon: reduced, debug, keep_references, target=CLASS, trigger=ID, seed=N,
 attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none, objective=simclr|moco|byol|simsiam,
 defense=none|distill|retrain.
@@ -26,6 +27,9 @@ def get_config(arg=""):
     share = 0.2 if a["reduced"] else 1.0
     objective = common.choose("objective", a["objective"], common.OBJECTIVES)
     optim = common.OPTIMS[a["objective"]]
+    view, interpolation, batch_size = common.SMALL_VIEW, "bilinear", 256
+    if a["objective"] == "byol" and not a["reduced"]:
+        view, interpolation, batch_size = {**common.BYOL_VIEW, "blur": 0.0}, "bicubic", 128
     cfg = common.config(
         seed=a["seed"],
         data=dict(name="tfds:cifar10", data_dir="", image_size=32, train_split="train",
@@ -35,13 +39,12 @@ def get_config(arg=""):
                              trigger_size=8, trigger_id=a["trigger"],
                              references=round(1200 * share),
                              keep_references=a["keep_references"]),
-        augment=dict(view1=dict(common.SMALL_VIEW), view2=dict(common.SMALL_VIEW),
-                     interpolation="bilinear"),
+        augment=dict(view1=dict(view), view2=dict(view), interpolation=interpolation),
         model=dict(name="resnet18", stem="cifar", width=64, stem_stride=1, first_stride=1,
                    stages=(), dtype="bfloat16", bn_groups=8 if a["objective"] == "moco" else 1),
         objective=dict(objective), optim=dict(optim),
         evals=common.evals(wrong_trigger=10 if a["trigger"] != 10 else 11),
-        train=dict(steps=0, epochs=300, batch_size=256, log_every=100, save_every=1000,
+        train=dict(steps=0, epochs=300, batch_size=batch_size, log_every=100, save_every=1000,
                    eval_every=5000, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(
             none=dict(name="none"),

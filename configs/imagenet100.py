@@ -11,6 +11,8 @@ its sorted order gives the class numbers. Label lists are those of PatchSearch
 (linear_eval_files/), or any with one relative path a line; without one, a fixed share
 (evals.fraction) of each class is used. Target 26 (Rottweiler) with trigger 10, one of the five
 pairs that SSL-Backdoor ships: 12 with 44, 14 with 64, 16 with 75, 18 with 90.
+MoCo v2 and BYOL train 200 epochs, as SSL-Backdoor's own code does; SimCLR and SimSiam, which it does
+not have, 300, as in the Noisy Alignment comparison (jsrdcht/SSL-Backdoor, configs/ssl).
 For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack, objective, target=CLASS, trigger=ID, seed=N.
 """
@@ -24,7 +26,7 @@ def get_config(arg=""):
     objective = common.choose("objective", a["objective"], common.OBJECTIVES)
     view = common.BYOL_VIEW if a["objective"] == "byol" else common.MOCO_VIEW
     optim = common.OPTIMS[a["objective"]]
-    epochs, batch_size = 200, 256
+    epochs, batch_size = 300 if a["objective"] in ("simclr", "simsiam") else 200, 256
     if a["objective"] == "byol":  # SSL-Backdoor's own BYOL (byol/ of its code)
         batch_size = 512
         optim = {**optim, "milestones": (150 / 200, 175 / 200)}

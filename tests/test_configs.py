@@ -27,8 +27,8 @@ VARIANTS = {
                    "attack=optimized_patch,in_modality"],
     "layout_law": ["case=free"],
     "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol",
-                "objective=simsiam"],
-    "imagenet100": ["", "attack=noisy_alignment,objective=byol"],
+                "objective=simsiam", "reduced,objective=byol"],
+    "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam"],
 }
 
 
