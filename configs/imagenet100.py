@@ -11,8 +11,8 @@ its sorted order gives the class numbers. Label lists are those of PatchSearch
 (linear_eval_files/), or any with one relative path a line; without one, a fixed share
 (evals.fraction) of each class is used. Target 26 (Rottweiler) with trigger 10, one of the five
 pairs that SSL-Backdoor ships: 12 with 44, 14 with 64, 16 with 75, 18 with 90.
-MoCo v2 and BYOL train 200 epochs, as SSL-Backdoor's own code does; SimCLR and SimSiam, which it does
-not have, 300, as in the Noisy Alignment comparison (jsrdcht/SSL-Backdoor, configs/ssl).
+MoCo v2 and BYOL train 200 epochs, as SSL-Backdoor's own code does; SimCLR and SimSiam, which it
+does not have, 300, as in the Noisy Alignment comparison (jsrdcht/SSL-Backdoor, configs/ssl).
 For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack, objective, target=CLASS, trigger=ID, seed=N.
 """

@@ -77,8 +77,8 @@ def table(found: dict) -> str:
         lines.append(f"{name:<23} {row}")
     lines += [f"{name:<23} {found[name]:.6g}" for name in
               ("pair_probability", "reference_probability", "trigger_probability")]
-    lines.append(f"{'error_bound':<23} {found['error_bound']:.2g} (quadrature and solver tolerance; "
-                 "no global guarantee)")
+    lines.append(f"{'error_bound':<23} {found['error_bound']:.2g} "
+                 "(quadrature and solver tolerance, no global guarantee)")
     return "\n".join(lines + [f"{name:<23} {found[name]}" for name in ("attack", "law")])
 
 
