@@ -140,7 +140,8 @@ def pair_attack(name, *, target, poisons, trigger_size, side):
 def distill(*, clean_fraction, batch_size, steps, momentum, lr, view=STUDENT_VIEW):
     """The distillation defense with CompRess's temperature (docs/papers.md, SSL-Backdoor)."""
     return dict(name="distill", clean_fraction=clean_fraction, batch_size=batch_size, queue=0,
-                temperature=0.04, momentum=momentum, steps=steps, epochs=130, augment=dict(view),
+                mask_own=True, temperature=0.04, momentum=momentum, steps=steps, epochs=130,
+                augment=dict(view),
                 optim={**SGD, "lr": lr, "schedule": "step", "milestones": (90 / 130, 120 / 130)})
 
 

@@ -30,18 +30,22 @@ def clean_rows(plan, rows: int, fraction: float, seed: int) -> np.ndarray:
     """Draws the defender's clean images, int64 rows of the source.
 
     They are disjoint from all that the attack touched: references, shadows, replaced and removed
-    rows. `fraction` is of the whole source.
+    rows. `fraction` is of the whole source; UserError if fewer are left.
     """
     touched = np.concatenate([plan.reference, plan.shadow, plan.replaces, plan.removed])
     free = np.setdiff1d(np.arange(rows), touched)
-    count = min(round(fraction * rows), len(free))
+    count = round(fraction * rows)
+    if count > len(free):
+        raise UserError(f"defense.clean_fraction={fraction} of {rows} images is {count}, but the "
+                        f"attack left only {len(free)} untouched; give at most "
+                        f"{np.floor(1000 * len(free) / rows) / 1000:g}")
     return np.sort(np.random.default_rng([seed, STREAM]).permutation(free)[:count])
 
 
 def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled.
 
-    `rows`: those of the source. The attack may leave fewer clean ones than are asked for.
+    `rows`: those of the source. That the attack leaves enough of them is seen in `clean_rows`.
     """
     if cfg.defense.name == "none":
         return

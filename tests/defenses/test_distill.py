@@ -75,9 +75,8 @@ def test_length_of_the_queues():
     assert distill.queue_slots(d, 16 * 5 + 3) == 4
     d.queue = 32
     assert distill.queue_slots(d, 16 * 5) == 2
-    d.queue = 16 * 5
-    with pytest.raises(UserError, match="too long"):
-        distill.queue_slots(d, 16 * 5)
+    d.queue = 128_000  # CompRess's, over however few images
+    assert distill.queue_slots(d, 16 * 5) == 8000
     with pytest.raises(UserError, match="fewer than two batches"):
         distill.queue_slots(d, 20)
 
@@ -102,17 +101,46 @@ def test_the_truth_changes_nothing(tmp_path, method):
         lines = (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()
         shares = [json.loads(line)["train/own_entries"] for line in lines]
         assert shares[0] == 0 and len(shares) == 6 and max(shares) > 0
+        last = json.loads(lines[-1])["train/entropy_of_p"]
+        assert abs(found[0].verdict["entropy_of_p"] - last) <= 5e-5
     for a, b in zip(*(jax.tree.leaves(f.variables) for f in found)):
         np.testing.assert_array_equal(a, b)
     before = jax.tree.leaves(victim.variables)
     assert any(np.any(a != b) for a, b in zip(before, jax.tree.leaves(found[0].variables)))
 
 
+@pytest.mark.slow
+def test_a_queue_longer_than_the_images_with_and_without_the_mask(tmp_path):
+    mesh = parallel.make_mesh(settings().mesh)
+    start = training.first_variables(settings())
+    data = sources.Subset(sources.load(settings().data, "train"), np.arange(40))
+    entropy = {}
+    for mask in (True, False):
+        cfg = settings(**{"defense.queue": 64, "defense.mask_own": mask})
+        distill.check(cfg, len(data))
+        victim = encoder.make(cfg, {c: start[c]["encoder"] for c in start}, mesh)
+        found = distill.run(cfg, [victim], data, None, mesh, epath.Path(tmp_path / str(mask)),
+                            jax.random.key(0)).verdict
+        assert found["queue"] == 64
+        entropy[mask] = found["entropy_of_p"]
+    # the teacher is the same: only what its distribution may see differs
+    assert 0 < entropy[False] < np.log(64) and 0 < entropy[True] < np.log(64)
+    assert entropy[False] != entropy[True]
+
+
 def test_clean_rows_keep_clear_of_the_attack():
     plan = Plan.make(3, replaces=np.array([-1, 4, -1]), reference=np.array([1, 2, 2]),
                      shadow=np.array([7, 8, 9]), removed=np.array([1, 2]))
-    rows = defend.clean_rows(plan, 20, 1.0, seed=0)
+    rows = defend.clean_rows(plan, 20, 0.7, seed=0)
     assert not set(rows) & {1, 2, 4, 7, 8, 9} and len(rows) == 14
     assert len(defend.clean_rows(plan, 20, 0.25, seed=0)) == 5
     np.testing.assert_array_equal(defend.clean_rows(plan, 20, 0.25, seed=0),
                                   defend.clean_rows(plan, 20, 0.25, seed=0))
+
+
+def test_too_few_clean_rows_are_an_error_and_not_fewer_rows():
+    plan = Plan.make(1, replaces=np.array([4]), reference=np.array([1]), shadow=np.array([7]),
+                     removed=np.array([1]))
+    assert len(defend.clean_rows(plan, 20, 0.85, seed=0)) == 17
+    with pytest.raises(UserError, match=r"clean_fraction=0.9 of 20 images is 18, .* at most 0.85"):
+        defend.clean_rows(plan, 20, 0.9, seed=0)
