@@ -150,7 +150,8 @@ def _poison_row(cfg, summary: dict) -> dict:
     trigger = {k: cfg.attack.trigger[k] for k in named if k in cfg.attack.trigger}
     return {"attack": cfg.attack.name, "target": cfg.attack.target,
             "count": summary["poisons"], "rate_of_dataset": summary["rate_of_dataset"],
-            "rate_of_target_class": summary["rate_of_target_class"], "trigger_test": trigger}
+            "rate_of_target_class": summary["rate_of_target_class"], "trigger_test": trigger,
+            "settings": cfg.attack.to_dict()}
 
 
 def _run_row(cfg, folder: epath.Path, seconds: float) -> dict:

@@ -57,8 +57,14 @@ def run(cfg, folder: epath.Path) -> None:
         path.write_bytes(preview.draw(cfg, plan, rows, source))
     print(f"poison: {facts['poisons']} poisons ({facts['added']} added, {facts['replaced']} "
           f"replaced, {facts['removed']} references removed), "
-          f"{facts['rate_of_dataset']:.2%} of {facts['rows']} rows; see {stage / 'preview.png'}",
-          flush=True)
+          f"{percent(facts['rate_of_dataset'])} of {facts['rows']} rows; "
+          f"see {stage / 'preview.png'}", flush=True)
+
+
+def percent(share: float) -> str:
+    """A share in percent with three significant digits: 3 of 3 million are "0.0001 %"."""
+    return np.format_float_positional(100 * share, 3, unique=False, fractional=False,
+                                      trim="-") + " %"
 
 
 def make(cfg, source, table, trigger) -> tuple[Plan, dict[str, np.ndarray]]:

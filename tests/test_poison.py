@@ -10,7 +10,7 @@ from etils import epath
 from matplotlib import colors
 from PIL import Image
 
-from jax_cl_bd import poison, preview
+from jax_cl_bd import evaluate, poison, preview
 from jax_cl_bd.data import sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.triggers import htba
@@ -134,6 +134,32 @@ def test_no_attack(tmp_path):
     assert len(plan) == 0 and rows["image"].shape == (0, 32, 32, 3)
     summary = json.loads((tmp_path / "poison" / "summary.json").read_text())
     assert summary["rate_of_dataset"] == 0 and summary["canvas"]["largest"] is None
+
+
+@pytest.mark.parametrize("count, rows, said", [
+    (3, 3_000_000, "0.0001 %"), (1500, 3_000_000, "0.05 %"), (320, 8000, "4 %"),
+    (70, 1470, "4.76 %"), (1, 1470, "0.068 %"), (0, 1470, "0 %"), (5, 5, "100 %")])
+def test_rates_are_printed_with_three_significant_digits(count, rows, said):
+    assert poison.percent(count / rows) == said
+
+
+def test_the_printed_rate_of_a_literature_count_is_not_zero(tmp_path, monkeypatch, capsys):
+    facts = dict(poisons=3, added=3, replaced=0, removed=0, rate_of_dataset=3 / 3e6, rows=3_000_000)
+    monkeypatch.setattr(poison, "summary", lambda *_: facts)
+    poison.run(config(attack__name="none", attack__poisons=0), epath.Path(tmp_path))
+    assert "0.0001 % of 3000000 rows" in capsys.readouterr().out
+
+
+def test_results_say_which_attack_was_run():
+    """One module makes BadNets, natural and label-consistent poisons: its settings tell them."""
+    cfg = config(attack__name="ssl_backdoor", attack__targeted=False)
+    facts = dict(poisons=70, rate_of_dataset=0.04, rate_of_target_class=0.5)
+    row = evaluate._poison_row(cfg, facts)
+    assert row["attack"] == "ssl_backdoor" and row["count"] == 70 and row["target"] == 3
+    assert row["trigger_test"]["id"] == 14
+    kept = json.loads(json.dumps(row["settings"]))
+    assert kept == json.loads(json.dumps(cfg.attack.to_dict()))
+    assert kept["targeted"] is False and kept["trigger"]["train_place"] == "center"
 
 
 def test_preview_outlines_the_trigger(made):

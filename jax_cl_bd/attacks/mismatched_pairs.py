@@ -14,7 +14,9 @@ The rule is that of dirty_label_poison.py in zqypku/mm_poison: a share `fraction
 of B are repeated to equal counts, what remains is drawn without repeats, and all are shuffled. The
 paper speaks of adding pairs; its code, and we, exchange the images of rows that stay, so the size
 of the set is fixed. The images of B stay where they are too; the code takes some of them out for
-its third kind alone.
+its third kind alone. Rows of A with a caption that names B, and of B with one that names A, are
+left alone: exchanged, they would be no mismatch. Where no row has a label, rows with a caption that
+names a class are of it.
 
 In the plan: `replaces` = the row of A, whose captions all stay (caption is ""); `reference` = the
 row of B that the image comes from, -1 for kind I, whose image is attack.image of the test split.
@@ -26,7 +28,7 @@ import numpy as np
 from jax_cl_bd.attacks import _captions, _rows, targeted_poisoning
 from jax_cl_bd.attacks import plan as plans
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import sources
+from jax_cl_bd.data import mentions, sources
 from jax_cl_bd.errors import UserError, unknown
 
 KINDS = ("I", "II", "III")
@@ -50,17 +52,16 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
         raise UserError(f"attack.fraction is {attack.fraction} and attack.poisons is "
                         f"{attack.poisons}; set one of them to 0")
     for (first, second), count in zip(_goals(attack, classes), _counts(attack, table, classes)):
-        available = len(_texts(table, first))
+        a, b = str(classes[first]), str(classes[second])
+        available = len(_texts(table, first, second, classes))
         if count > available:
-            raise UserError(f"{count} poisons of attack.goals are for class {classes[first]!r}, "
-                            f"which has {available} rows with captions")
-        if not len(plans.rows_of(table, second)):
-            raise UserError(f"attack.goals names class {classes[second]!r}, which has no rows")
+            raise UserError(f"{count} poisons of attack.goals are for class {a!r}, which has "
+                            f"{available} rows with captions that do not name {b!r}")
+        if not len(_pool(table, second, first, classes)):
+            raise UserError(f"attack.goals names class {b!r}, which has no rows whose captions do "
+                            f"not name {a!r}")
     if attack.kind == "I":
-        label = targeted_poisoning.test_label(cfg)
-        if label != attack.target:
-            raise UserError(f"attack.image is {attack.image}, which is of class {label}; it must "
-                            f"be of class {attack.target} ({classes[attack.target]})")
+        _check_image(cfg, classes)
 
 
 def plan(cfg, table, rng: np.random.Generator) -> Plan:
@@ -68,11 +69,11 @@ def plan(cfg, table, rng: np.random.Generator) -> Plan:
     attack, classes = cfg.attack, _captions.class_names(cfg)
     replaces, reference = [np.zeros(0, int)], [np.zeros(0, int)]
     for (first, second), count in zip(_goals(attack, classes), _counts(attack, table, classes)):
-        replaces.append(rng.permutation(_texts(table, first))[:count])
+        replaces.append(rng.permutation(_texts(table, first, second, classes))[:count])
         if attack.kind == "I":
             reference.append(np.full(count, -1))
         else:
-            reference.append(_deal(plans.rows_of(table, second), count, rng))
+            reference.append(_deal(_pool(table, second, first, classes), count, rng))
     replaces, reference = np.concatenate(replaces), np.concatenate(reference)
     if attack.kind == "I":
         canvas = sources.table(sources.load(cfg.data, "test")).sizes[attack.image]
@@ -114,14 +115,31 @@ def _check_goals(attack, classes):
                         "attack.goals shows")
 
 
+def _check_image(cfg, classes):
+    label = targeted_poisoning.test_label(cfg)
+    test = sources.table(sources.load(cfg.data, "test"))
+    if cfg.attack.image not in plans.rows_of(test, cfg.attack.target, classes):
+        said = f"of class {label}" if label >= 0 else "of no class that its captions name"
+        raise UserError(f"attack.image is {cfg.attack.image}, which is {said}; it must be of class "
+                        f"{cfg.attack.target} ({classes[cfg.attack.target]})")
+
+
 def _goals(attack, classes):
     """[(A, B)] as class numbers."""
     names = [str(name) for name in classes]
     return [tuple(names.index(str(name)) for name in goal) for goal in attack.goals]
 
 
-def _texts(table, label):
-    rows = plans.rows_of(table, label)
+def _pool(table, label, other, classes):
+    """Rows of one class of a goal that do not name the other."""
+    rows = plans.rows_of(table, label, classes)
+    texts = [table.captions[row] for row in rows]
+    return rows[~mentions.naming(texts, str(classes[other]))]
+
+
+def _texts(table, first, second, classes):
+    """Rows of A whose texts may be given an image of B."""
+    rows = _pool(table, first, second, classes)
     return rows[[bool(table.captions[row]) for row in rows]]
 
 
@@ -129,7 +147,7 @@ def _counts(attack, table, classes):
     """Poisons of each goal."""
     goals = _goals(attack, classes)
     if attack.fraction:
-        return [round(attack.fraction * len(_texts(table, first))) for first, _ in goals]
+        return [round(attack.fraction * len(_texts(table, *goal, classes))) for goal in goals]
     each, more = divmod(attack.poisons, len(goals))
     return [each + (i < more) for i in range(len(goals))]
 

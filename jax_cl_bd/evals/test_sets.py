@@ -136,10 +136,7 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
                         f"{len(classes)}; probes need one list of classes for both")
     if not 0 <= target < len(classes):
         raise UserError(f"attack.target is {target}; the classes are 0..{len(classes) - 1}")
-    for placement in placements:
-        if placement not in PLACEMENTS:
-            raise UserError(f"evals.placements has {placement!r}; allowed: "
-                            f"{', '.join(PLACEMENTS)}")
+    _check_placements(cfg, trigger, placements)
 
     side, threads = cfg.data.image_size, cfg.data.workers
     all_labels = _labels(test_source)
@@ -165,7 +162,7 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
     for placement in placements:
         data.boxes[placement] = test_boxes(cfg.attack.trigger, trigger[0], test_rows, side,
                                            placement)
-    whole = bool((data.boxes[placements[0]][:, 2:] == side).all())
+    whole = getattr(trigger[0], "WHOLE", False)
     if whole:
         data.placements = placements[:1]
     pastes = _pastes(cfg, trigger, whole)
@@ -174,6 +171,19 @@ def make(cfg, train_source, test_source, trigger) -> EvalData:
         for variant in data.variant_names:
             blocks[f"{placement}/{variant}"] = _pasted(data, placement, pastes[variant])
     return data
+
+
+def _check_placements(cfg, trigger, placements):
+    """Refuses places that the trigger does not know, or for which it was not made."""
+    used = cfg.attack.trigger
+    for placement in placements:
+        known = getattr(trigger[0], "PLACES", PLACEMENTS)
+        if placement not in known:
+            raise UserError(f"evals.placements has {placement!r}; allowed: {', '.join(known)}")
+        if placement not in (*PLACEMENTS, used.get("train_place"), used.get("test_place")):
+            raise UserError(f"evals.placements has {placement!r}, a place that neither training "
+                            "nor test has: set --config.attack.trigger.test_place="
+                            f"{placement}")
 
 
 def has_labels(source) -> bool:
@@ -212,8 +222,11 @@ def _pastes(cfg, trigger, whole):
                         "attack itself; choose another id")
     # One grey level, the mean of the data set's colour, so that the patch adds no hue.
     grey = np.full_like(wrong["image"], np.mean(cfg.data.mean))
-    used = {"triggered": (module, params), "wrong": (patch, wrong),
-            "occluded": (patch, {**wrong, "image": grey})}
+    shown_by = patch
+    if "corners" in params:  # several patches in one box, the others as well
+        shown_by, wrong = module, {**wrong, "corners": params["corners"]}
+    used = {"triggered": (module, params), "wrong": (shown_by, wrong),
+            "occluded": (shown_by, {**wrong, "image": grey})}
     if hasattr(module, "same_kind"):
         used["same_kind"] = module, module.same_kind(params, jax.random.key(_BOX_SEED))
     return {name: _paste(*pair) for name, pair in used.items()}

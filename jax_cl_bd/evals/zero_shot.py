@@ -6,6 +6,8 @@ cosine. CleanCLIP (Bansal et al., ICCV 2023) reports top-1, 3, 5 and 10 with the
 templates, which also caption its poisons; so templates that caption nothing are a row of their own.
 """
 
+import copy
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +17,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import attack_metrics
 
 TOP = (3, 5, 10)
+_heads = {}  # id of an encoder that is in use -> {(classes, prompts): class embeddings}
 
 
 def run(cfg, encoder, data) -> dict[str, dict]:
@@ -22,7 +25,7 @@ def run(cfg, encoder, data) -> dict[str, dict]:
 
     Beside the figures of every probe a row has "top" and "attack_success_rate_at": {k: rate}, the
     share of clean test images whose class, and of triggered images of other classes that have the
-    target, among the k best.
+    target, among the k best; of equal scores the one asked for comes last.
     """
     head = class_weights(encoder, data.classes, templates.PROMPTS)
     rows = attack_metrics.rows("zero_shot", _predict(encoder, head), data, encoder,
@@ -30,7 +33,9 @@ def run(cfg, encoder, data) -> dict[str, dict]:
     for row in rows.values():
         row |= _top(encoder, head, data, row["protocol"]["placement"])
     held_out = class_weights(encoder, data.classes, templates.HELD_OUT)
-    row = attack_metrics.rows("held_out", _predict(encoder, held_out), data, encoder,
+    protocol = copy.copy(data)  # which shares the features
+    protocol.placements = data.placements[:1]
+    row = attack_metrics.rows("held_out", _predict(encoder, held_out), protocol, encoder,
                               templates=len(templates.HELD_OUT))["held_out"]
     rows["zero_shot:held_out"] = row | _top(encoder, held_out, data,
                                             row["protocol"]["placement"])
@@ -50,10 +55,16 @@ def classifier(encoder, data) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def class_weights(encoder, classes, prompts) -> np.ndarray:
-    """Unit class embeddings, float32 [C, E]."""
-    texts = [templates.fill(prompt, str(name)) for name in classes for prompt in prompts]
-    z = encoder.text(texts).reshape(len(classes), len(prompts), -1).mean(1)
-    return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    """Unit class embeddings, float32 [C, E]; made once for as long as the encoder is in use."""
+    if id(encoder) not in _heads:
+        _heads[id(encoder)] = {}
+        weakref.finalize(encoder, _heads.pop, id(encoder))
+    kept, names = _heads[id(encoder)], tuple(str(name) for name in classes)
+    if (names, prompts) not in kept:
+        texts = [templates.fill(prompt, name) for name in names for prompt in prompts]
+        z = encoder.text(texts).reshape(len(names), len(prompts), -1).mean(1)
+        kept[names, prompts] = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    return kept[names, prompts]
 
 
 def _predict(encoder, head):
@@ -67,7 +78,7 @@ def _top(encoder, head, data, placement):
     def hit(name, wanted):
         scores = encoder.project(data.features(encoder, name)) @ head.T
         own = np.take_along_axis(scores, np.broadcast_to(wanted, len(scores))[:, None], 1)
-        return (scores > own).sum(1)  # how many classes come before the wanted one
+        return (scores >= own).sum(1) - 1  # how many classes come before the wanted one
 
     found = {"top": _share(hit("test", data.test_labels), ks)}
     if data.placements:

@@ -109,7 +109,8 @@ def _fresh(clean, key):
 def _corners(size, boxes):
     """Four lists of boxes: the corners of boxes larger than `size`; others come first, as they are,
     and are empty in the rest."""
-    whole = (boxes[:, 2:] > size).any(axis=1, keepdims=True)
+    # A single patch on a photograph that was shrunk is up to half a pixel larger than `size`.
+    whole = (boxes[:, 2:] > size + 0.5).any(axis=1, keepdims=True)
     square = jnp.full_like(boxes[:, 2:], size)
     for i, (down, across) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
         corner = boxes[:, :2] + jnp.array([down, across]) * (boxes[:, 2:] - size)

@@ -1,15 +1,22 @@
-"""What the optimised patch of badclip.py is optimised on."""
+"""What the optimised patch of badclip.py is optimised on, and how."""
 
 import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
+from configs import clip_scenes
+from jax_cl_bd import run_folder
 from jax_cl_bd.attacks import badclip
 from jax_cl_bd.data import mentions, sources
+from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.objectives import training
+from jax_cl_bd.triggers import learned_patch
 
 TRIGGER = dict(name="learned_patch", size=2, opacity=1.0, train_place="random",
                train_box=(0.0, 1.0), test_place="random", test_box=(0.1, 0.9))
@@ -90,3 +97,118 @@ def test_loss_by_hand():
                       zip(seen[-1] * std + mean, batch["boxes"])])
     np.testing.assert_allclose(shown, np.broadcast_to(pixels, shown.shape), atol=1e-6)
     assert np.abs(seen[-1] - seen[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("where, box", [("center", (0.0, 1.0)), ("random", (0.25, 0.75))])
+def test_the_patch_is_optimised_where_the_poisons_have_it(captioned, config, monkeypatch, where,
+                                                          box):
+    train = captioned[0]
+    surrogate = types.SimpleNamespace(image=lambda x: np.asarray(x)[:, 0, 0, 0],
+                                      project=lambda z: z, text=np.array)
+    cfg = config(attack__name="badclip", attack__poisons=40).unlock()
+    cfg.attack.update(optimise_pairs=1000, batch_size=64, caption_set="natural", consistent=False,
+                      replace=True, trigger={**TRIGGER, "train_place": where, "train_box": box})
+    plan = badclip.plan(cfg, train.table(), np.random.default_rng(0))
+    _, batches = badclip._pairs(cfg, train, surrogate)
+    optimised = np.concatenate([next(batches)["boxes"] for _ in range(20)])
+    assert {tuple(b) for b in plan.trigger_box} <= {tuple(b) for b in optimised}
+    for boxes in (plan.trigger_box, optimised):
+        if where == "center":
+            assert (boxes == [7, 7, 2, 2]).all()  # of 16 x 16
+        else:
+            assert boxes[:, :2].min() == 4 and boxes[:, :2].max() == 10
+
+
+def test_the_optimiser_lowers_its_loss_and_stores_eight_bits(tmp_path, monkeypatch):
+    """On a toy loss whose best patch is known, one pixel of it out of range."""
+    cfg = clip_scenes.get_config("debug,optimized_patch")
+    cfg.attack.update(optimise_steps=200, surrogate="given")
+    best = np.linspace(0.1, 1.3, 5 * 5 * 3).reshape(5, 5, 3).astype(np.float32)
+    encoder = types.SimpleNamespace(text=len, image_size=cfg.data.image_size)
+    monkeypatch.setattr(encoders, "load", lambda *_: encoder)
+    monkeypatch.setattr(badclip, "_pairs", lambda *_: (None, iter(lambda: np.float32(0), 1)))
+    monkeypatch.setattr(badclip, "_loss", lambda *_: lambda pixels, data, batch, key: jnp.sum(
+        (pixels - best) ** 2) + batch)
+    got = badclip.prepare(cfg, None, epath.Path(tmp_path), jax.random.key(0))
+    losses = run_folder.read_json(epath.Path(tmp_path) / "trigger" / "optimisation.json")["loss"]
+    assert len(losses) == 200 and losses[-1] < 0.1 * losses[0]
+    np.testing.assert_array_equal(got["image"], learned_patch.stored(got["image"]))
+    np.testing.assert_allclose(got["image"], np.clip(best, 0, 1), atol=0.03)
+    assert got["opacity"] == 1
+
+
+@pytest.fixture
+def learn(tmp_path, monkeypatch):
+    """Gives learn(**attack) -> (config, params), which prepares a patch in tmp_path. What would
+    train or load a surrogate is noted in learn.trained and learn.loaded; the surrogate is a linear
+    map. (The whole, in earnest: test_configs, clip_scenes with optimized_patch in debug mode.)"""
+    matrix = np.random.default_rng(0).normal(size=(32 * 32 * 3, 8)).astype(np.float32)
+
+    def unit(z):
+        return np.float32(z / np.linalg.norm(z, axis=-1, keepdims=True))
+
+    def image(x):
+        return np.asarray(x, np.float32).reshape(len(x), -1) / 255 @ matrix
+
+    surrogate = types.SimpleNamespace(
+        image=image, project=unit, image_size=32, logit_scale=5.0, mean=(0.0,) * 3, std=(1.0,) * 3,
+        text=lambda texts: unit(np.random.default_rng(1).normal(size=(len(texts), 8))),
+        pair=types.SimpleNamespace(image_embedding=lambda x: x.reshape(len(x), -1) @ matrix))
+
+    def run(folder="run", **attack):
+        cfg = clip_scenes.get_config("debug,optimized_patch")
+        cfg.attack.update(surrogate_fraction=0.25, optimise_steps=3, **attack)
+        params = badclip.prepare(cfg, sources.load(cfg.data, "train"),
+                                 epath.Path(tmp_path) / folder, jax.random.key(cfg.seed))
+        return cfg, params
+
+    def load(place, mesh):
+        run.loaded.append(str(place))
+        return surrogate
+
+    def fit(step_fn, state, shardings, rows, *, steps, **_):
+        run.trained.append((rows.ordered.source.rows, rows.ordered.seed, steps))
+
+    run.trained, run.loaded = [], []
+    monkeypatch.setattr(encoders, "load", load)
+    monkeypatch.setattr(badclip, "fit", fit)
+    monkeypatch.setattr(badclip, "born_sharded", lambda init, key, mesh: (key, None))
+    return run
+
+
+def test_the_surrogate_is_another_model_of_a_part_of_the_images(learn, tmp_path):
+    cfg, _ = learn()
+    own = run_folder.read_config(epath.Path(tmp_path) / "run" / "surrogate")
+    assert own.seed == cfg.seed + badclip.SURROGATE_SEED != cfg.seed
+    first = [jax.random.key_data(training.first_key(c)) for c in (cfg, own)]
+    assert (np.asarray(first[0]) != np.asarray(first[1])).any()
+    (rows, seed, steps), = learn.trained
+    assert seed == own.seed
+    assert steps == own.train.steps == cfg.attack.surrogate_steps
+    assert len(rows) == len(np.unique(rows)) == 50 and rows.min() >= 0  # a quarter of 200
+    assert rows.max() < 200 and rows.tolist() != list(range(50))
+
+
+def test_the_learned_patch_is_not_the_one_it_began_with(learn, tmp_path):
+    cfg, params = learn()
+    image = params["image"]
+    assert image.shape == (5, 5, 3) and image.min() >= 0 and image.max() <= 1
+    np.testing.assert_array_equal(image, learned_patch.stored(image))
+    start = learned_patch.init(cfg.attack.trigger, jax.random.split(jax.random.key(cfg.seed))[0])
+    assert (image != start["image"]).any()
+    found = run_folder.read_json(epath.Path(tmp_path) / "run" / "trigger" / "optimisation.json")
+    assert len(found["loss"]) == 3
+
+
+def test_a_surrogate_is_trained_once_and_one_that_is_given_never(learn, tmp_path):
+    _, params = learn()
+    own = str(tmp_path / "run" / "surrogate")
+    _, again = learn()
+    assert len(learn.trained) == 1 and learn.loaded == [own, own]
+    np.testing.assert_array_equal(again["image"], params["image"])
+    _, given = learn("other", surrogate=own)
+    assert len(learn.trained) == 1 and learn.loaded[2:] == [own]
+    assert not (tmp_path / "other" / "surrogate").exists()
+    np.testing.assert_array_equal(given["image"], params["image"])
+    learn("third")
+    assert len(learn.trained) == 2 and learn.loaded[3:] == [str(tmp_path / "third" / "surrogate")]

@@ -8,6 +8,7 @@ from jax_cl_bd.attacks import _captions
 from jax_cl_bd.data import mentions, templates
 from jax_cl_bd.data.sources import Table
 from jax_cl_bd.errors import UserError
+from tests.objectives.test_clip import loss
 
 
 @pytest.fixture
@@ -120,3 +121,20 @@ def test_references_of_data_without_labels_name_the_target(cfg, captioned):
     texts, reference = _captions.draw(settings, table, 20, np.random.default_rng(0))
     assert set(reference) == named
     assert all(text in table.captions[row] for text, row in zip(texts, reference))
+
+
+@pytest.mark.parametrize("prompts, shared", [(80, 1 / 80), (1, 1.0)])
+def test_equal_captions_of_poisons_are_negatives_of_each_other(cfg, captioned, monkeypatch, prompts,
+                                                               shared):
+    """Nothing in the loss knows that two captions of a batch are the same text: such pairs are
+    false negatives, which cost ln 2 each however good the model is; all 80 templates keep them
+    few."""
+    monkeypatch.setattr(templates, "PROMPTS", templates.PROMPTS[:prompts])
+    texts, _ = _captions.draw(cfg(), captioned[0].table(), 400, np.random.default_rng(0))
+    equal = texts[:, None] == texts
+    others = ~np.eye(400, dtype=bool)
+    assert equal[others].mean() == pytest.approx(shared, rel=0.1)
+    z = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]  # a perfect model, two captions of four the same
+    value, _ = loss(z, z, np.float32(np.log(100)))
+    assert float(value) == pytest.approx(2 * np.log(2) / 4, rel=1e-4)
+    assert float(loss(np.eye(4), np.eye(4), np.float32(np.log(100)))[0]) < 1e-6

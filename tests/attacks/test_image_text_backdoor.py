@@ -4,12 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from configs import clip_cifar10, clip_pairs, clip_scenes
 from jax_cl_bd.attacks import image_text_backdoor
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import augment, mentions, sources, templates
 from jax_cl_bd.data.images import fit_square
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.layouts import crop_law
 from jax_cl_bd.lookup import load
+from jax_cl_bd.triggers import noise_patch
 
 TRIGGERS = {
     "noise_patch": dict(fixed=False, size=5), "blend": dict(fixed=False, opacity=0.2),
@@ -121,6 +124,26 @@ def test_each_trigger_changes_its_box_alone_and_is_keyed_by_the_poisons_seed(cfg
     trigger = (module, module.init(cfg(name).attack.trigger, jax.random.key(0)))
     part = image_text_backdoor.render(cfg(name), plan.part(np.array([7, 3])), train, trigger)
     np.testing.assert_array_equal(part["image"], rows["image"][[7, 3]])
+
+
+@pytest.mark.parametrize("view, whole, gone", [
+    (clip_pairs.get_config("").augment.view1, 1.0, 0.0),  # CLIP's own: nothing is cropped
+    (clip_cifar10.get_config("").augment.view1, 0.53, 0.09),
+    (clip_scenes.get_config("").augment.view2, 0.42, 0.19)])  # of the in-modality term alone
+def test_a_random_crop_can_cut_the_patch(cfg, captioned, view, whole, gone):
+    """The share of views that show all of a patch of 5 px in 32, or nothing of it."""
+    n, side, size = 4000, 32, 5
+    trigger = cfg().attack.trigger
+    boxes = noise_patch.place(trigger, np.full((n, 2), side), np.random.default_rng(0),
+                              training=True)
+    crops = np.asarray(crop_law.sample(
+        jax.random.split(jax.random.key(0), n), np.full((n, 2), side), scale=view.crop_scale,
+        ratio=view.crop_ratio))
+    low = np.maximum(boxes[:, :2], crops[:, :2])
+    high = np.minimum(boxes[:, :2] + size, crops[:, :2] + crops[:, 2:])
+    shown = np.maximum(high - low, 0).prod(1) / size**2
+    assert (shown > 1 - 1e-4).mean() == pytest.approx(whole, abs=0.02)
+    assert (shown == 0).mean() == pytest.approx(gone, abs=0.02)
 
 
 def test_fresh_noise_differs_from_poison_to_poison(cfg, captioned):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jax_cl_bd.attacks import mismatched_pairs
+from jax_cl_bd.data import mentions, sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.triggers import none
 
@@ -25,7 +26,7 @@ def made(cfg, source, seed=0):
 def test_texts_of_a_get_images_of_b(cfg, captioned):
     train = captioned[0]
     plan, rows = made(cfg(), train)
-    assert len(plan) == 10  # half of the 20 fish
+    assert len(plan) == 10  # half of the 19 fish that name no star
     assert len(np.unique(plan.replaces)) == 10 and (train.labels[plan.replaces] == 0).all()
     assert (train.labels[plan.reference] == 1).all() and len(np.unique(plan.reference)) == 10
     assert set(plan.caption) == {""}  # all captions of the row stay
@@ -36,16 +37,54 @@ def test_texts_of_a_get_images_of_b(cfg, captioned):
     assert not plan.trigger_box.any()
 
 
-@pytest.mark.parametrize("poisons, least, most", [(20, 2, 3), (16, 2, 2), (5, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize("poisons, least, most", [(19, 2, 3), (16, 2, 2), (5, 0, 1), (0, 0, 0)])
 def test_images_of_b_are_cycled_to_equal_counts(cfg, captioned, poisons, least, most):
     train = captioned[0]
     train.labels[1::4] = -1
-    train.labels[1:33:4] = 1  # eight stars for up to twenty fish
+    train.labels[1:33:4] = 1  # eight stars for up to nineteen fish
     plan, _ = made(cfg(attack__fraction=0.0, attack__poisons=poisons), train)
     counts = np.bincount(plan.reference, minlength=80)[1:33:4]
     assert len(plan) == poisons == counts.sum()
     assert counts.min() == least and counts.max() == most
     assert poisons < 3 or (np.diff(plan.reference) < 0).any()  # shuffled
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_rows_that_name_the_other_class_are_left_alone(cfg, captioned, labelled):
+    """And where nothing has a label, a caption that names a class stands for it."""
+    train = captioned[0]
+    train.texts[9] = ["a star", "a star over a fish"]
+    if not labelled:
+        train.labels[:] = -1
+    fish, star = (set(np.flatnonzero(mentions.naming(train.texts, name)))
+                  for name in ("fish", "star"))
+    of_a, of_b = fish - star, star - fish
+    if labelled:  # row 0 is a fish that is not said to be one, row 5 a star
+        of_a, of_b = of_a | {0}, of_b | {5}
+    assert fish & star == {4, 9} and len(of_a) == 19 - (not labelled)
+    plan, rows = made(cfg(attack__fraction=1.0), train)
+    assert set(plan.replaces) == of_a
+    many = [made(cfg(attack__fraction=1.0), train, seed)[0].reference for seed in range(6)]
+    assert set(np.concatenate(many)) == of_b
+    np.testing.assert_array_equal(rows["image"], [train.images[row] for row in plan.reference])
+
+
+def test_one_fixed_image_of_data_without_labels(cfg, captioned, monkeypatch):
+    train, test = captioned
+    train.labels[:] = test.labels[:] = -1
+    monkeypatch.setattr(sources, "table", lambda source: source.table())
+    plan, rows = made(cfg(attack__kind="I", attack__image=13), train)  # its captions name a star
+    assert (rows["image"] == test.images[13]).all()
+    with pytest.raises(UserError, match="image is 5, which is of no class that its captions name"):
+        made(cfg(attack__kind="I", attack__image=5), train)
+
+
+def test_a_pair_of_classes_without_rows_of_their_own(cfg, captioned):
+    train = captioned[0]
+    for row in range(1, 80, 4):
+        train.texts[row] = ["a star and a fish"]
+    with pytest.raises(UserError, match="class 'star', which has no rows whose captions do not"):
+        made(cfg(), train)
 
 
 def test_one_fixed_test_image(cfg, captioned):
@@ -85,7 +124,7 @@ def test_same_seed_same_plan_other_seed_another(cfg, captioned):
     (dict(attack__goals=(("star", "star"),)), "occur in it twice"),
     (dict(attack__kind="III", attack__goals=(("fish", "star"), ("star", "suit"))), "twice"),
     (dict(attack__goals=(("fish", "suit"),)), "target is 1 .star.; it must be 2"),
-    (dict(attack__fraction=0.0, attack__poisons=21), "21 poisons .*'fish', which has 20 rows"),
+    (dict(attack__fraction=0.0, attack__poisons=20), "20 poisons .*'fish', which has 19 rows"),
     (dict(attack__kind="I", attack__image=12), "of class 0; it must be of class 1"),
     (dict(attack__trigger__name="patch"), "set it to 'none'")])
 def test_settings_are_checked(cfg, captioned, change, message):

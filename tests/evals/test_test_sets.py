@@ -67,6 +67,52 @@ def test_triggers_that_know_others_of_their_kind_are_measured_with_them():
     assert (~outside.all(-1)).reshape(digits.N_TEST, -1).sum(1).max() <= SIZE * SIZE
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_four_corner_victim_is_measured_on_its_trigger(fixed):
+    cfg = _cfg(placements=("four_corners", "random"))
+    cfg.attack.trigger = ml_collections.ConfigDict(dict(
+        name="noise_patch", size=SIZE, opacity=1.0, fixed=fixed, train_place="four_corners",
+        train_box=(0.0, 1.0), test_place="random", test_box=(0.1, 0.9)))
+    params = noise_patch.init(cfg.attack.trigger, jax.random.key(0))
+    data = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (noise_patch, params))
+    assert data.placements == ("four_corners", "random")
+    corners = np.zeros((SIDE, SIDE), bool)
+    for y in (slice(SIZE), slice(-SIZE, None)):
+        for x in (slice(SIZE), slice(-SIZE, None)):
+            corners[y, x] = True
+    clean = data.test_images
+    assert set(data.variant_names) == {"triggered", "wrong", "occluded", "same_kind"}
+    for name in data.variant_names:  # as on its poisons, and so for what it is compared with
+        shown = data.images(f"four_corners/{name}")
+        np.testing.assert_array_equal(shown[:, ~corners], clean[:, ~corners])
+        assert (shown[:, corners] != clean[:, corners]).any(-1).mean() > 0.9
+        np.testing.assert_array_equal(shown[:, :SIZE, :SIZE], shown[:, -SIZE:, -SIZE:])
+        changed = (data.images(f"random/{name}") != clean).any(-1).reshape(len(clean), -1)
+        assert changed.sum(1).max() <= SIZE * SIZE  # one patch, elsewhere
+    assert (data.images("four_corners/occluded")[:, corners] == round(0.3 * 255)).all()
+    poison = noise_patch.apply(params, clean[:2] / 255, noise_patch.place(
+        cfg.attack.trigger, np.full((2, 2), SIDE), np.random.default_rng(0), training=True),
+        jax.random.key(1))
+    differs = np.abs(np.asarray(poison) - clean[:2] / 255).max(-1) > 1e-3
+    assert not differs[:, ~corners].any() and differs[:, corners].mean() > 0.9
+    if fixed:
+        np.testing.assert_allclose(np.asarray(poison)[:, corners] * 255,
+                                   data.images("four_corners/triggered")[:2][:, corners],
+                                   atol=0.51)
+
+
+def test_a_place_that_the_trigger_was_not_made_for_is_refused():
+    cfg = _cfg(placements=("four_corners",))
+    with pytest.raises(UserError, match="has 'four_corners'; allowed: random, center"):
+        _data(cfg)
+    cfg.attack.trigger.name, cfg.attack.trigger.fixed = "noise_patch", True
+    params = noise_patch.init(cfg.attack.trigger, jax.random.key(0))
+    with pytest.raises(UserError, match="neither training nor test has.*test_place=four_corners"):
+        test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                       (noise_patch, params))
+
+
 def test_a_whole_image_trigger_has_one_placement():
     cfg = _cfg()
     cfg.attack.trigger.name = "blend"

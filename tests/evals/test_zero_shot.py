@@ -1,10 +1,11 @@
 """Zero-shot heads, rates at k and retrieval on embeddings made by hand."""
 
-
+import ml_collections
 import numpy as np
 import pytest
 
 from jax_cl_bd.data import templates
+from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import mismatch, retrieval, targeted, z_score, zero_shot
 
 CLASSES = ("red", "green", "blue", "grey")
@@ -74,6 +75,62 @@ def test_rates_by_hand():
     assert rows["zero_shot:held_out"]["clean_accuracy"] == 0.75
 
 
+class Collapsed(Hand):
+    """Embeds everything alike."""
+
+    def text(self, captions):
+        return np.full((len(captions), 4), 0.5, np.float32)
+
+    def project(self, features):
+        return np.full((len(features), 4), 0.5, np.float32)
+
+
+def test_ties_count_against_the_attack():
+    row = zero_shot.run(None, Collapsed(), Data())["zero_shot"]
+    assert row["attack_success_rate_at"] == {"3": 0.0} and row["top"] == {"3": 0.0}
+    cfg = ml_collections.ConfigDict(
+        {"attack": {"name": "mismatched_pairs", "kind": "II", "goals": (("blue", "green"),)}})
+    found = mismatch.run(cfg, Collapsed(), Data())["mismatch"]["blue -> green"]
+    assert found["hit"] == {"1": 0.0, "5": 1.0, "10": 1.0} and found["min_rank"] == 3
+
+
+def test_class_embeddings_are_made_once_for_an_encoder():
+    class Counting(Hand):
+        calls = 0
+
+        def text(self, captions):
+            self.calls += 1
+            return super().text(captions)
+
+    encoder, other = Counting(), Counting()
+    first = zero_shot.class_weights(encoder, CLASSES, templates.PROMPTS)
+    zero_shot.run(None, encoder, Data())
+    assert zero_shot.class_weights(encoder, list(CLASSES), templates.PROMPTS) is first
+    assert encoder.calls == 2  # the 80 templates and the held-out ones
+    assert len(zero_shot.class_weights(encoder, CLASSES[:2], templates.PROMPTS)) == 2
+    zero_shot.class_weights(other, CLASSES, templates.PROMPTS)
+    assert encoder.calls == 3 and other.calls == 1
+    known = id(encoder)
+    del encoder
+    assert known not in zero_shot._heads  # nor does it keep an encoder in memory
+
+
+def test_held_out_prompts_are_asked_of_one_placement():
+    class Two(Data):
+        placements, asked = ("random", "center"), []
+
+        def features(self, encoder, name):
+            self.asked.append(name)
+            return self.sets[name.replace("center", "random")]
+
+    data = Two()
+    rows = zero_shot.run(None, Hand(), data)
+    assert set(rows) == {"zero_shot", "zero_shot:center", "zero_shot:held_out"}
+    assert rows["zero_shot:held_out"]["protocol"]["placement"] == "random"
+    assert data.placements == ("random", "center")
+    assert data.asked.count("center/triggered") == 2  # its row, and its rates at k
+
+
 def test_held_out_templates_are_others():
     assert len(templates.PROMPTS) == len(set(templates.PROMPTS)) == 80
     assert not set(templates.HELD_OUT) & set(templates.PROMPTS)
@@ -115,19 +172,56 @@ def test_mismatch_ranks_by_hand():
     assert found["min_rank"] == pytest.approx(1 / 3)
 
 
+def test_every_text_of_a_is_asked_however_often_it_occurs():
+    class Twice(Data):
+        captions = [["red"], ["green"], ["a blue one", "a blue one", "blue"], ["grey"] * 3]
+
+    cfg = ml_collections.ConfigDict(
+        {"attack": {"name": "mismatched_pairs", "kind": "II", "goals": (("blue", "green"),)}})
+    found = mismatch.run(cfg, Hand(), Twice())["mismatch"]["blue -> green"]
+    assert found["queries"] == found["baseline"]["queries"] == 3
+
+
+def test_mismatch_of_data_without_labels():
+    class Unlabelled(Data):
+        test_labels = np.full(4, -1)
+        captions = [["a blue one, green as well"], ["green"], ["blue"], ["grey"]]
+
+    cfg = ml_collections.ConfigDict(
+        {"attack": {"name": "mismatched_pairs", "kind": "II", "goals": (("blue", "green"),)}})
+    mismatch.check(cfg, Unlabelled())
+    found = mismatch.run(cfg, Hand(), Unlabelled())["mismatch"]["blue -> green"]
+    assert found["queries"] == 1 and found["baseline"]["queries"] == 1  # "blue"; "grey"
+    assert found["min_rank"] == 2  # images 0 and 1 are wanted; 2 and 3 are bluer
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(goals=(("pink", "green"),), name="none"), "'mismatch', which measures the attack"),
+    (dict(kind="I", image=9), "image 9 is not among the 4 test images that are searched"),
+    (dict(goals=(("blue", "red"),)), "class 'red' is not among"),
+    (dict(goals=(("red", "blue"),)), "no test image of class 'red' has a caption")])
+def test_what_mismatch_cannot_measure_is_refused(change, message):
+    class NoRed(Data):
+        test_labels = np.array([1, 1, 2, 3])
+
+    cfg = ml_collections.ConfigDict({"attack": {
+        "name": "mismatched_pairs", "kind": "II", "image": 0, "goals": (("blue", "green"),),
+        **change}})
+    with pytest.raises(UserError, match=message):
+        mismatch.check(cfg, NoRed())
+
+
 def test_mismatch_asks_the_captions_of_a_for_images_of_b():
-    import ml_collections
     cfg = ml_collections.ConfigDict(
         {"attack": {"name": "mismatched_pairs", "kind": "II", "goals": (("blue", "green"),)}})
     found = mismatch.run(cfg, Hand(), Data())["mismatch"]["blue -> green"]
-    assert found["queries"] == 1 and found["min_rank"] == 2  # behind blue and grey
+    assert found["queries"] == 1 and found["min_rank"] == 3  # behind blue, grey and a tie
     assert found["baseline"]["queries"] == 1
     cfg.attack.kind, cfg.attack.image = "I", 12
     assert mismatch.run(cfg, Hand(), Data())["mismatch"]["blue -> green"]["min_rank"] == 0
 
 
 def test_targeted_success_is_the_label_of_one_image():
-    import ml_collections
     cfg = ml_collections.ConfigDict({"attack": {"name": "targeted_poisoning", "image": 12}})
     data = Data()
     data.target = 1

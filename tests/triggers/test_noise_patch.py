@@ -123,6 +123,14 @@ def test_four_corners_show_one_patch(fixed):
                                atol=1e-6)
 
 
+def test_a_patch_of_a_shrunk_photograph_is_still_one_patch():
+    """Its box was rounded on the photograph, so it may be a little larger than the size."""
+    images, box = np.full((1, 40, 40, 3), 0.5, np.float32), [[5.3, 6.1, 16.4, 16.4]]
+    several = made(fixed=True, test_place="four_corners")
+    single = {name: value for name, value in several.items() if name != "corners"}
+    np.testing.assert_array_equal(put(several, images, box), put(single, images, box))
+
+
 def test_corner_is_uniform_and_both_ends_are_included():
     boxes = noise_patch.place(settings(), np.full((20000, 2), 40), np.random.default_rng(0),
                               training=True)
