@@ -29,6 +29,7 @@ def config(seed=0, target=TARGET, objective="simclr"):
         seed=seed, control=True, control_from="", victim="", downstream="",
         data=dict(name="digits", data_dir="", image_size=16, workers=0),
         attack=dict(name="noisy_alignment", target=target, poisons=40,
+                    trigger_from="", surrogate="",
                     trigger=dict(name="patch", id=14, size=4, opacity=1.0)),
         augment=dict(view1=dict(view), view2=dict(view)), text=dict(name="none"),
         model=dict(name="small_resnet", stages=(16, 32, 64)), objective=dict(name=objective),
@@ -379,6 +380,58 @@ def test_groups_differ_by_any_other_setting(tmp_path):
                write_run(tmp_path / "b", two, whole=False)]
     text = report.compare(folders, epath.Path(tmp_path / "out"))
     assert "attack.poisons=40" in text and "attack.poisons=80" in text
+
+
+def test_folders_that_each_seed_names_for_itself_make_no_groups(tmp_path):
+    folders = []
+    for seed in (0, 1, 2):
+        cfg = config(seed)
+        cfg.control_from = str(tmp_path / f"clean_{seed}")
+        cfg.attack.trigger_from, cfg.attack.surrogate = f"trigger_{seed}", f"surrogate_{seed}"
+        folders.append(write_run(tmp_path / f"r{seed}", cfg, whole=False))
+    out = epath.Path(tmp_path / "out")
+    report.compare(folders, out)
+    row = pick(table(out), encoder="victim", probe="knn", figure="excess")
+    assert (row["unit"], row["n"]) == ("seeds", "3")
+
+
+def test_defenses_are_grouped_by_their_own_settings(tmp_path):
+    """Whatever defense each folder's config names last."""
+    folders = []
+    for seed, last, fraction in ((0, "distill", 0.25), (1, "retrain", 0.25), (2, "distill", 0.05)):
+        cfg = config(seed)
+        cfg.defense.name = last
+        folders.append(write_run(tmp_path / f"r{seed}", cfg, whole=False))
+        run_folder.write_json(folders[-1] / "defenses" / "distill" / "settings.json",
+                              {"seed": seed, "control_from": f"c{seed}", "defense.name": "distill",
+                               "defense.clean_fraction": fraction})
+    out = epath.Path(tmp_path / "out")
+    report.compare(folders, out)
+    rows = table(out)
+    assert len({r["group"] for r in rows}) == 1
+    seeds = {r["encoder"]: [p.split("/")[0] for p in r["points"].split()] for r in rows}
+    assert seeds["victim"] == seeds["victim - control"] == ["0", "1", "2"]
+    for tail in ("", " of control", " - victim"):
+        assert seeds[f"distill [defense.clean_fraction=0.25]{tail}"] == ["0", "1"]
+        assert seeds[f"distill [defense.clean_fraction=0.05]{tail}"] == ["2"]
+
+
+def test_a_defended_victim_is_paired_with_the_defended_control(tmp_path):
+    folders = write_many(tmp_path, {(s, 3, "simclr"): 0.7 + 0.1 * s for s in (0, 1, 2)})
+    out = epath.Path(tmp_path / "out")
+    text = report.compare(folders, out)
+    results = [run_folder.read_json(f / "results.json")["defenses"]["distill"] for f in folders]
+    x = [r["knn"]["attack_success_rate"] for r in results]
+    y = [r["control"]["knn"]["attack_success_rate"] for r in results]
+    test = stats.ttest_rel(x, y)
+    interval = test.confidence_interval(0.95)
+    names = dict(probe="knn", figure="attack_success_rate")
+    row = pick(table(out), encoder="distill - distill of control", **names)
+    np.testing.assert_allclose([float(row[c]) for c in ("mean", "low", "high")],
+                               [np.mean(x) - np.mean(y), interval.low, interval.high], rtol=1e-9)
+    row = pick(table(out), encoder="distill of control", **names)
+    np.testing.assert_allclose(float(row["mean"]), np.mean(y), rtol=1e-12)
+    assert "| distill - distill of control |" in text
 
 
 def test_many_folders_need_a_place(tmp_path):

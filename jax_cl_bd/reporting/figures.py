@@ -7,6 +7,8 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from jax_cl_bd.reporting.read import OF_CONTROL
+
 COLORS = {"victim": "#D55E00", "control": "#0072B2", "untrained": "#8A8F94"}
 DEFENSE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = {"victim": "-", "control": "--"}
@@ -15,7 +17,8 @@ MOST_LABELS = 24  # class names that a map has room for
 
 
 def color_of(label: str, defenses: list[str]) -> str:
-    """The colour of an encoder."""
+    """The colour of an encoder; a defense has one, of the victim or of the control."""
+    label = label.removesuffix(OF_CONTROL)
     if label in COLORS:
         return COLORS[label]
     return DEFENSE_COLORS[defenses.index(label) % len(DEFENSE_COLORS)]

@@ -87,7 +87,8 @@ def build(found: Tables, incomplete: list[tuple[str, str]]) -> tuple[str, list[P
 
 def _pictures(found):
     out = []
-    defenses = sorted({name for _, runs, _ in found for run in runs for name in run.defenses})
+    defenses = sorted({label for _, runs, _ in found for names in groups.called(runs)
+                       for label in names.values()})
     for figure in ("attack_success_rate", "clean_accuracy"):
         shown, intervals, probe = [], {}, None
         for title, runs, stats in found:

@@ -9,7 +9,7 @@ from etils import epath
 from jax_cl_bd import metrics, run_folder
 from jax_cl_bd.attacks.plan import Plan
 
-NOT_ENCODERS = ("poison", "run", "defenses")
+OF_CONTROL = " of control"  # "<defense> of control": the control after that defense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Run:
     preview: bytes | None
     metrics: dict[str, list[dict]]  # "victim", "control" -> lines of metrics.jsonl
     maps: dict[str, dict[str, np.ndarray]]  # "victim", "control" -> evaluate/map*.npz
+    settings: dict[str, dict]  # defense -> defenses/<name>/settings.json
     trigger: dict[str, np.ndarray] | None = None  # poison/trigger/params.npz
     optimisation: dict | None = None  # poison/trigger/optimisation.json, of a learned trigger
     examples: dict | None = None  # evaluate/examples.json, of an image-text run
@@ -44,10 +45,14 @@ class Run:
 
     @property
     def encoders(self) -> dict[str, dict[str, dict]]:
-        """Encoder -> probe -> figures; the repaired ones last, under their defense's name."""
+        """Encoder -> probe -> figures; the repaired ones last, as "<defense>" and, where the
+        control was defended too, "<defense> of control"."""
         found = {label: self.results[label] for label in ("victim", "control", "untrained")
                  if label in (self.results or {})}
-        return found | {name: rows for name, rows in self.defenses.items() if probes(rows)}
+        for name, rows in self.defenses.items():
+            repaired = {name: rows, f"{name}{OF_CONTROL}": rows.get("control", {})}
+            found |= {label: own for label, own in repaired.items() if probes(own)}
+        return found
 
 
 def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Run:
@@ -63,13 +68,16 @@ def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Ru
     lines = {label: metrics.read_lines(place / "metrics.jsonl") for label, place in places.items()}
     maps = {label: folder / "evaluate" / name
             for label, name in (("victim", "map.npz"), ("control", "map_control.npz"))}
+    results = _json(folder / "results.json")
     return Run(
-        folder=folder, cfg=cfg, results=_json(folder / "results.json"),
+        folder=folder, cfg=cfg, results=results,
         summary=_json(victim / "poison" / "summary.json"),
         plan=Plan.load(plan) if plan.exists() else None,
         preview=preview.read_bytes() if preview.exists() else None,
         metrics={label: found for label, found in lines.items() if found},
         maps={label: _arrays(path) for label, path in maps.items() if path.exists()},
+        settings={name: _json(folder / "defenses" / name / "settings.json") or {}
+                  for name in (results or {}).get("defenses", {})},
         trigger=_arrays_if(victim / "poison" / "trigger" / "params.npz"),
         optimisation=_json(victim / "poison" / "trigger" / "optimisation.json"),
         examples=_json(folder / "evaluate" / "examples.json"),

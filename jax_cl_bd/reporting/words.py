@@ -1,7 +1,7 @@
 """Sentences built from results."""
 
 from jax_cl_bd.reporting.html import number
-from jax_cl_bd.reporting.read import Run, probes
+from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
 
 RIVALS = {"control": "the clean control under the same trigger",
           "occlusion_rate": "a grey patch at the same places",
@@ -75,7 +75,9 @@ def headline(run: Run) -> str:
 
 def name_of(encoder: str) -> str:
     """How a table calls an encoder."""
-    return ENCODERS.get(encoder, f"after {encoder}")
+    defense = encoder.removesuffix(OF_CONTROL)
+    repaired = f"after {encoder}" if encoder == defense else f"control after {defense}"
+    return ENCODERS.get(encoder, repaired)
 
 
 def probe_name(probe: str) -> str:
