@@ -4,6 +4,9 @@
     python -m jax_cl_bd.reporting.layout_law runs/layout_law/* --out=runs/layout_law_report
 
 Each case changes the layout or the victim's crop law alone; all else is configs/quickstart.py.
+A case by itself trains no control. The script trains one for each crop law and seed, in the first
+case that has that law, and measures the other layouts against it (control_from): clean images have
+no layout, so the cases of one law and seed have one clean twin.
 Arguments after the colon: debug, case=NAME, seed=N.
 """
 
@@ -25,5 +28,5 @@ def get_config(arg=""):
     if scale:
         cfg.augment.view1.crop_scale = cfg.augment.view2.crop_scale = scale
     cfg.train.eval_every = 0
-    cfg.control = False  # the excess here is over the grey patch and the wrong trigger alone
+    cfg.control = False  # see above
     return common.debug(cfg) if a["debug"] else cfg

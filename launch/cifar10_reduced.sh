@@ -16,11 +16,13 @@ run() {  # run NAME ARGUMENTS [FLAGS...]
 for seed in 0 1 2; do
   run "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed" "$@"
 done
-run simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" --config.control=False
+# SSL-Backdoor's victims are measured against the same clean encoders.
+run simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" \
+  --config.control_from="$folder/simclr_noisy_alignment_0"
 for objective in moco byol simsiam; do
   run "${objective}_noisy_alignment_0" "objective=$objective" "$@"
   run "${objective}_ssl_backdoor_0" "objective=$objective,attack=ssl_backdoor" "$@" \
-    --config.control=False
+    --config.control_from="$folder/${objective}_noisy_alignment_0"
 done
 # The distillation defense, and what training from scratch on the same clean images gives.
 for seed in 0 1 2; do

@@ -14,11 +14,11 @@ import pytest
 from etils import epath
 from scipy import stats
 
-from jax_cl_bd import report, run_folder
+from jax_cl_bd import metrics, report, run_folder
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import alignment, attack_metrics
-from jax_cl_bd.reporting import figures, one_run, read
+from jax_cl_bd.reporting import differences, figures, one_run, read, table
 
 CLASSES, TARGET, N = 10, 3, 400
 
@@ -29,6 +29,7 @@ def config(seed=0, target=TARGET, objective="simclr"):
         seed=seed, control=True, control_from="", victim="", downstream="",
         data=dict(name="digits", data_dir="", image_size=16, workers=0),
         attack=dict(name="noisy_alignment", target=target, poisons=40,
+                    trigger_from="", surrogate="",
                     trigger=dict(name="patch", id=14, size=4, opacity=1.0)),
         augment=dict(view1=dict(view), view2=dict(view)), text=dict(name="none"),
         model=dict(name="small_resnet", stages=(16, 32, 64)), objective=dict(name=objective),
@@ -114,7 +115,10 @@ def write_run(folder, cfg, *, asr=0.85, whole=True):
         lines += [{"step": s, "eval/knn/clean_accuracy": 0.95 - 0.3 * np.exp(-s / 90),
                    "eval/knn/attack_success_rate": rate * (1 - np.exp(-s / 150)),
                    "eval/alignment/reference_alignment": 0.2 + rate * s / 500,
-                   "eval/alignment/noise_norm": 0.9 - rate * s / 600}
+                   "eval/alignment/noise_norm": 0.9 - rate * s / 600,
+                  "eval/alignment/clean_reference_alignment": 0.1,
+                  "eval/alignment/clean_noise_norm": 0.95,
+                  "eval/alignment/spread_ratio": 1 - rate * s / 800}
                   for s in range(100, 401, 100)]
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     labels = np.arange(N) % CLASSES
@@ -175,7 +179,7 @@ def test_page_is_self_contained(folder, document):
     without_data = re.sub(r"base64,[A-Za-z0-9+/=]+", "", document)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link", without_data)
     pictures = sorted((folder / "report").glob("*.png"))
-    assert len(page.images) == len(pictures) == 10  # preview, layout, 5 curves, rates, 2 maps
+    assert len(page.images) == len(pictures) == 11  # preview, layout, 6 curves, rates, 2 maps
     for image in page.images:
         assert image["src"].startswith("data:image/png;base64,iVBOR")
         assert len(image["alt"]) > 20
@@ -191,7 +195,7 @@ def test_page_tells_the_results(folder, document):
     assert (f"The backdoor works: {100 * row['attack_success_rate']:.1f} % ({100 * low:.1f} to "
             f"{100 * high:.1f}) of 360 triggered test images of other classes are taken for “3”, "
             f"an excess of +{100 * row['excess']:.1f} points") in text
-    for words in ("knn · trigger at the centre", "linear probe", "control (clean twin)",
+    for words in ("knn · trigger at the centre", "linear probe", "the victim's clean twin",
                   "untrained", "victim after distill", "control after distill",
                   "40 poisons", "0123456789ab", "train.batch_size"):
         assert words in text, words
@@ -207,6 +211,97 @@ def test_pair_probability_is_the_solvers(document):
     found = re.search(r"Predicted pair probability: (0\.\d+)", document)
     assert found
     np.testing.assert_allclose(float(found[1]), 0.0294, rtol=0.01)
+
+
+def test_curves_have_what_they_are_read_against(document, monkeypatch):
+    page, drawn = Page(document), {}
+    for words in ("at the end: victim 0.88 (0.1 without trigger), control",
+                  "at the end: victim 0.333 (0.95 without trigger), control"):
+        assert words in page.text, words
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.update(figure=figure))
+    lines = {"victim": (np.arange(3), np.ones(3)), "control": (np.arange(3), np.zeros(3))}
+    figures.curves(lines, ylabel="noise norm", clean=lines)
+    figure = drawn["figure"]
+    told = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert told == {"victim, triggered", "victim, no trigger", "control, triggered",
+                    "control, no trigger"}
+    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
+    assert styles["victim, triggered"] == "-" and styles["victim, no trigger"] == "--"
+    figures.curves(lines, ylabel="spread ratio", level=("as without trigger", 1.0))
+    assert "as without trigger" in [t.get_text() for t in drawn["figure"].legends[0].get_texts()]
+
+
+def test_page_and_terminal_say_differences_with_newcombes_interval(folder, document):
+    """Against SciPy's Wilson intervals, joined as Newcombe's (1998) equation does."""
+    results = run_folder.read_json(folder / "results.json")
+    text = Page(document).text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
+    student = results["defenses"]["distill"]
+    said = table.text(results)
+    for (name, one), (other, two) in ((("victim", results["victim"]),
+                                       ("control", results["control"])),
+                                      (("after distill", student),
+                                       ("control after distill", student["control"]))):
+        rates = [(r["knn"]["hits"]["attack_success_rate"], r["knn"]["n"]["attack_success_rate"])
+                 for r in (one, two)]
+        d, low, high = newcombe_by_scipy(*rates)
+        assert f"{name} - {other} " in text
+        assert f"{100 * d:+.1f} % {100 * low:+.1f} to {100 * high:+.1f}" in text
+        pair = f"{name.removeprefix('after ')} - " + ("distill of control" if "distill" in name
+                                                      else "control")
+        assert f"ASR, {pair}: {d:+.3f} [{low:+.3f}, {high:+.3f}]" in said
+
+
+def newcombe_by_scipy(one, other):
+    """Hits and totals of two rates -> difference, low, high."""
+    (p, q), found = [h / n for h, n in (one, other)], []
+    for h, n in (one, other):
+        found.append(stats.binomtest(h, n).proportion_ci(0.95, method="wilson"))
+    low = p - q - ((p - found[0].low) ** 2 + (found[1].high - q) ** 2) ** 0.5
+    return p - q, low, p - q + ((found[0].high - p) ** 2 + (q - found[1].low) ** 2) ** 0.5
+
+
+@pytest.mark.parametrize("one,other,low,high", [  # Newcombe (1998), table II, method 10
+    ((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090),
+    ((6, 7), (2, 7), 0.0582, 0.8062), ((5, 56), (0, 29), -0.0381, 0.1926)])
+def test_newcombes_published_intervals(one, other, low, high):
+    rows = [{"rate": h / n, "intervals": {"rate": attack_metrics.wilson(h, n)}}
+            for h, n in (one, other)]
+    found = differences.newcombe(*rows, "rate")
+    np.testing.assert_allclose(found[1:], [low, high], atol=5e-5)
+    np.testing.assert_allclose(found, newcombe_by_scipy(one, other), rtol=1e-9)
+
+
+def test_control_of_another_run_is_named(tmp_path):
+    """By the name and seed in results.json; its curves are read from there, if they can be."""
+    clean = write_run(tmp_path / "clean_5", config(5))
+    run_folder.write_json(clean / "control" / "pretrain" / "done.json", {})
+    cfg = config()
+    cfg.control_from = str(clean)
+    folder = write_run(tmp_path / "r", cfg)
+    (folder / "control" / "metrics.jsonl").unlink()
+    results = results_of(cfg, 0.85)
+    results["run"]["control"] = {"path": "clean_5", "seed": 5}
+    run_folder.write_json(folder / "results.json", results)
+    assert "control: clean_5, seed 5" in table.text(results)
+    text = Page(render(folder)).text
+    assert "another run's clean encoder: clean_5, seed 5" in text
+    assert "twin" not in text and "No control was trained" not in text
+    own, theirs = read.load(folder), metrics.read_lines(clean / "control" / "metrics.jsonl")
+    assert own.metrics["control"] == theirs and own.same_trigger
+
+    other = config(5)
+    other.attack.trigger.id = 11  # what its own trigger did is not this run's attack
+    run_folder.write_config(clean, other)
+    run = read.load(folder)
+    watched = {key for line in run.metrics["control"] for key in line if key.startswith("eval/")}
+    assert watched == {"eval/knn/clean_accuracy"}
+    assert "only its loss and clean accuracy are drawn" in Page(render(folder)).text
+
+    cfg.control_from = str(tmp_path / "gone" / "clean_5")
+    run_folder.write_config(folder, cfg)
+    text = Page(render(folder)).text
+    assert "cannot be read from here" in text and "clean_5, seed 5" in text
+    assert "twin" not in text and "No control was trained" not in text
 
 
 def test_missing_parts_are_said(tmp_path):
@@ -281,7 +376,7 @@ def write_many(tmp_path, asrs):
     return folders
 
 
-def table(out):
+def rows_of(out):
     with (out / "table.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -301,7 +396,7 @@ def test_seeds_are_summarised_as_numpy_and_scipy_do(tmp_path, capsys):
     report.main([*map(str, folders), f"--out={out}"])
     printed = capsys.readouterr().out
     assert printed.strip() == (out / "table.md").read_text().strip()
-    rows = table(out)
+    rows = rows_of(out)
     results = [run_folder.read_json(f / "results.json") for f in folders]
     for group, members in (("simclr", results[:3]), ("byol", results[3:])):
         for probe, name in (("knn", "attack_success_rate"), ("linear_probe:center", "excess")):
@@ -332,7 +427,7 @@ def test_targets_are_averaged_within_a_seed(tmp_path):
     asrs = {(s, t, "simclr"): 0.1 + 0.2 * s + 0.1 * t for s in (0, 1) for t in (3, 5)}
     folders = write_many(tmp_path, asrs)
     report.compare(folders, epath.Path(tmp_path / "out"))
-    row = pick(table(epath.Path(tmp_path / "out")), encoder="victim", probe="knn",
+    row = pick(rows_of(epath.Path(tmp_path / "out")), encoder="victim", probe="knn",
                figure="attack_success_rate")
     x = [run_folder.read_json(f / "results.json")["victim"]["knn"]["attack_success_rate"]
          for f in folders]
@@ -343,7 +438,7 @@ def test_targets_are_averaged_within_a_seed(tmp_path):
     assert len(row["points"].split()) == 4
 
     report.compare(folders[:2], epath.Path(tmp_path / "one"))  # one seed: over targets
-    row = pick(table(epath.Path(tmp_path / "one")), encoder="victim", probe="knn",
+    row = pick(rows_of(epath.Path(tmp_path / "one")), encoder="victim", probe="knn",
                figure="attack_success_rate")
     assert (row["unit"], row["n"]) == ("targets", "2")
     np.testing.assert_allclose(float(row["std"]), np.std(x[:2], ddof=1), rtol=1e-12)
@@ -353,7 +448,7 @@ def test_single_run_has_no_deviation(tmp_path):
     folders = write_many(tmp_path, {(0, 3, "simclr"): 0.5})
     text = report.compare(folders, epath.Path(tmp_path / "out"))
     assert "±" not in text.replace(report.many_runs.NOTE, "").replace("mean ± deviation", "")
-    row = pick(table(epath.Path(tmp_path / "out")), encoder="victim", probe="knn",
+    row = pick(rows_of(epath.Path(tmp_path / "out")), encoder="victim", probe="knn",
                figure="attack_success_rate")
     assert row["std"] == row["low"] == row["high"] == ""
 
@@ -379,6 +474,59 @@ def test_groups_differ_by_any_other_setting(tmp_path):
                write_run(tmp_path / "b", two, whole=False)]
     text = report.compare(folders, epath.Path(tmp_path / "out"))
     assert "attack.poisons=40" in text and "attack.poisons=80" in text
+
+
+def test_folders_that_each_seed_names_for_itself_make_no_groups(tmp_path):
+    folders = []
+    for seed in (0, 1, 2):
+        cfg = config(seed)
+        cfg.control_from = str(tmp_path / f"clean_{seed}")
+        cfg.attack.trigger_from, cfg.attack.surrogate = f"trigger_{seed}", f"surrogate_{seed}"
+        folders.append(write_run(tmp_path / f"r{seed}", cfg, whole=False))
+    out = epath.Path(tmp_path / "out")
+    text = report.compare(folders, out)
+    row = pick(rows_of(out), encoder="victim", probe="knn", figure="excess")
+    assert (row["unit"], row["n"]) == ("seeds", "3")
+    assert "another run's control: 0/3 by clean_0; 1/3 by clean_1" in text
+
+
+def test_defenses_are_grouped_by_their_own_settings(tmp_path):
+    """Whatever defense each folder's config names last."""
+    folders = []
+    for seed, last, fraction in ((0, "distill", 0.25), (1, "retrain", 0.25), (2, "distill", 0.05)):
+        cfg = config(seed)
+        cfg.defense.name = last
+        folders.append(write_run(tmp_path / f"r{seed}", cfg, whole=False))
+        run_folder.write_json(folders[-1] / "defenses" / "distill" / "settings.json",
+                              {"seed": seed, "control_from": f"c{seed}", "defense.name": "distill",
+                               "defense.clean_fraction": fraction})
+    out = epath.Path(tmp_path / "out")
+    report.compare(folders, out)
+    rows = rows_of(out)
+    assert len({r["group"] for r in rows}) == 1
+    seeds = {r["encoder"]: [p.split("/")[0] for p in r["points"].split()] for r in rows}
+    assert seeds["victim"] == seeds["victim - control"] == ["0", "1", "2"]
+    for tail in ("", " of control", " - victim"):
+        assert seeds[f"distill [defense.clean_fraction=0.25]{tail}"] == ["0", "1"]
+        assert seeds[f"distill [defense.clean_fraction=0.05]{tail}"] == ["2"]
+
+
+def test_a_defended_victim_is_paired_with_the_defended_control(tmp_path):
+    folders = write_many(tmp_path, {(s, 3, "simclr"): 0.7 + 0.1 * s for s in (0, 1, 2)})
+    out = epath.Path(tmp_path / "out")
+    text = report.compare(folders, out)
+    results = [run_folder.read_json(f / "results.json")["defenses"]["distill"] for f in folders]
+    x = [r["knn"]["attack_success_rate"] for r in results]
+    y = [r["control"]["knn"]["attack_success_rate"] for r in results]
+    test = stats.ttest_rel(x, y)
+    interval = test.confidence_interval(0.95)
+    names = dict(probe="knn", figure="attack_success_rate")
+    row = pick(rows_of(out), encoder="distill - distill of control", **names)
+    np.testing.assert_allclose([float(row[c]) for c in ("mean", "low", "high")],
+                               [np.mean(x) - np.mean(y), interval.low, interval.high], rtol=1e-9)
+    row = pick(rows_of(out), encoder="distill of control", **names)
+    np.testing.assert_allclose(float(row["mean"]), np.mean(y), rtol=1e-12)
+    assert "| distill - distill of control |" in text
 
 
 def test_many_folders_need_a_place(tmp_path):

@@ -7,35 +7,47 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from jax_cl_bd.reporting.read import OF_CONTROL
+
 COLORS = {"victim": "#D55E00", "control": "#0072B2", "untrained": "#8A8F94"}
 DEFENSE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = {"victim": "-", "control": "--"}
+MARKERS = {"victim": "o", "control": "s"}
 INK, SOFT = "#1c2126", "#5d6770"
 MOST_LABELS = 24  # class names that a map has room for
 
 
 def color_of(label: str, defenses: list[str]) -> str:
-    """The colour of an encoder."""
+    """The colour of an encoder; a defense has one, of the victim or of the control."""
+    label = label.removesuffix(OF_CONTROL)
     if label in COLORS:
         return COLORS[label]
     return DEFENSE_COLORS[defenses.index(label) % len(DEFENSE_COLORS)]
 
 
-def curves(series: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str,
-           rate: bool = False, xlabel: str = "training step") -> bytes:
-    """Lines over steps, one per encoder; rates are drawn in percent."""
-    figure, axis = _blank(5.2, 3.1)
+def curves(series: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, rate: bool = False,
+           xlabel: str = "training step", clean: dict | None = None,
+           level: tuple[str, float] | None = None) -> bytes:
+    """Lines over steps, one per encoder; rates are drawn in percent.
+
+    `clean` holds the same figure of the images without trigger, drawn dashed in the encoder's
+    colour; `level` names a value to compare with, drawn dashed in grey.
+    """
+    figure, axis = _blank(5.2, 3.4)
     for name, (steps, values) in series.items():
-        values = 100 * np.asarray(values) if rate else values
-        few = len(steps) <= 40
-        axis.plot(steps, values, STYLES.get(name, "-"), color=COLORS.get(name, INK), label=name,
-                  linewidth=1.8 if len(steps) <= 500 else 0.8, marker="o" if few else None,
-                  markersize=3.5)
+        color, few = COLORS.get(name, INK), len(steps) <= 40
+        marker = MARKERS.get(name, "o") if few else None
+        axis.plot(steps, 100 * np.asarray(values) if rate else values, color=color, marker=marker,
+                  markersize=3.5, linewidth=1.8 if len(steps) <= 500 else 0.8,
+                  label=f"{name}, triggered" if clean else name)
+        if clean and name in clean:
+            axis.plot(*clean[name], "--", color=color, linewidth=1.3, label=f"{name}, no trigger")
+    if level is not None:
+        axis.axhline(level[1], linestyle="--", color=SOFT, linewidth=1.3, label=level[0])
     if rate:
         axis.set_ylim(-3, 103)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2 if clean else 3, frameon=False, fontsize=9)
     return _png(figure)
 
 

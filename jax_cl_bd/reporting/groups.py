@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import ml_collections
 import numpy as np
 from scipy import stats
 
 from jax_cl_bd import run_folder
-from jax_cl_bd.reporting.read import Run, probes
+from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
 
 FREE = ("seed", "attack.target")  # what may differ within a group
+# Folders, of which each seed may name its own: where something was taken from, not what it is.
+FOLDERS = ("control_from", "attack.trigger_from", "attack.surrogate")
+MOST_TOLD = 4  # a few differences tell groups apart; a long list belongs to the settings
 FIGURES = ("clean_accuracy", "triggered_accuracy", "attack_success_rate", "clean_target_rate",
            "occlusion_rate", "wrong_trigger_rate", "excess")
 ALIGNMENT = ("reference_alignment", "noise_norm", "spread_ratio")
@@ -41,30 +45,62 @@ class Statistic:
     high: float | None
 
 
-def key_of(run: Run) -> tuple:
-    """What runs of one group share: every setting that is hashed, but seed and target."""
-    settings = run_folder.settings_of(run.cfg, run_folder.DEFEND_GROUPS)
-    return tuple((k, repr(v)) for k, v in sorted(settings.items()) if k not in FREE)
+def key_of(settings: dict) -> dict[str, str]:
+    """What the runs of a group share: every setting that is hashed, but seed, target, folders."""
+    return {k: repr(v) for k, v in sorted(settings.items()) if k not in FREE + FOLDERS}
+
+
+def evaluated(cfg: ml_collections.ConfigDict) -> dict[str, str]:
+    """The key of what victim, control and untrained encoder were made and measured with."""
+    names = [group for group in run_folder.EVALUATE_GROUPS if group not in FOLDERS]
+    return key_of(run_folder.settings_of(cfg, tuple(names)))
 
 
 def split(runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    """Groups runs, in the order of their first folder, with titles that tell them apart."""
-    groups = {}
+    """Groups runs, in the order of their first folder, with titles that tell them apart.
+
+    The defense that a folder's config names last plays no part: `statistics` tells defenses apart
+    by their own settings.
+    """
+    keys, groups = [], []
     for run in runs:
-        groups.setdefault(key_of(run), []).append(run)
-    keys = [dict(key) for key in groups]
-    names = sorted({n for key in keys for n in key
-                    if len({k.get(n) for k in keys}) > 1})
-    titles = []
-    for key, members in zip(keys, groups.values()):
-        cfg = members[0].cfg
-        title = f"{cfg.attack.name}, {cfg.objective.name}, {cfg.data.name}"
-        told = {"attack.name", "objective.name", "data.name"}
-        differs = [f"{n}={key[n]}" for n in names if n in key and n not in told]
-        # A few differences tell groups apart; a long list belongs to the settings.
-        titles.append("; ".join([title, *differs[:4]]))
-    return [(title if titles.count(title) == 1 else f"{title} ({i + 1})", members)
-            for i, (title, members) in enumerate(zip(titles, groups.values()))]
+        key = evaluated(run.cfg)
+        if key not in keys:
+            keys.append(key)
+            groups.append([])
+        groups[keys.index(key)].append(run)
+    told = ("attack.name", "objective.name", "data.name")
+    titles = [", ".join(members[0].cfg[name.partition(".")[0]].name for name in told)
+              for members in groups]
+    titles = ["; ".join(filter(None, parts)) for parts in zip(titles, _differences(keys, told))]
+    return list(zip(_numbered(titles), groups))
+
+
+def _differences(keys, told=()):
+    """For each key, the settings in which it differs from some other, as text."""
+    names = sorted({n for key in keys for n in key if len({k.get(n) for k in keys}) > 1})
+    return ["; ".join([f"{n}={key[n]}" for n in names if n in key and n not in told][:MOST_TOLD])
+            for key in keys]
+
+
+def _numbered(titles):
+    """Numbers the titles that occur more than once."""
+    return [title if titles.count(title) == 1 else f"{title} ({i + 1})"
+            for i, title in enumerate(titles)]
+
+
+def called(runs: list[Run]) -> list[dict[str, str]]:
+    """For each run, what its defenses are called: by name, and where runs of the group have one
+    with several settings (defenses/<name>/settings.json), by name and differences."""
+    out = [{} for _ in runs]
+    for name in dict.fromkeys(name for run in runs for name in run.defenses):
+        mine = {i: key_of(run.settings[name]) for i, run in enumerate(runs)
+                if name in run.defenses}
+        keys = [key for i, key in enumerate(mine.values()) if key not in list(mine.values())[:i]]
+        labels = _numbered([f"{name} [{more}]" if more else name for more in _differences(keys)])
+        for i, key in mine.items():
+            out[i][name] = labels[keys.index(key)]
+    return out
 
 
 def summarise(values: dict[tuple[int, int], list[float]], **names: str) -> Statistic:
@@ -94,14 +130,17 @@ def summarise(values: dict[tuple[int, int], list[float]], **names: str) -> Stati
 def statistics(runs: list[Run]) -> list[Statistic]:
     """All figures of a group, then the differences of encoders paired within each run.
 
-    Paired: "victim - control", and "<defense> - victim" for every defense. A figure that some runs
-    lack is summarised over those that have it; its points say which.
+    Paired: "victim - control"; for every defense "<defense> - victim" and, where the control was
+    defended too, "<defense> - <defense> of control". A figure that some runs lack is summarised
+    over those that have it; its points say which.
     """
     found = {}  # (encoder, probe, figure) -> {(seed, target): [values]}
-    for run in runs:
+    for run, names in zip(runs, called(runs)):
         key = (run.cfg.seed, run.cfg.attack.target)
-        table = {label: _figures(rows) for label, rows in run.encoders.items()}
-        pairs = [("victim", "control"), *((name, "victim") for name in run.defenses)]
+        table = {_renamed(label, names): _figures(rows) for label, rows in run.encoders.items()}
+        pairs = [("victim", "control"),
+                 *((name, other) for name in names.values()
+                   for other in ("victim", f"{name}{OF_CONTROL}"))]
         for one, other in pairs:
             both = table.get(one, {}).keys() & table.get(other, {}).keys()
             if both:
@@ -117,6 +156,11 @@ def statistics(runs: list[Run]) -> list[Statistic]:
     names = {n: i for i, n in enumerate((*FIGURES, *(n for own in OTHERS.values() for n in own)))}
     keys = sorted(found, key=lambda k: (order.index(k[0]), k[1], names[k[2]]))
     return [summarise(found[k], encoder=k[0], probe=k[1], figure=k[2]) for k in keys]
+
+
+def _renamed(label, names):
+    base = label.removesuffix(OF_CONTROL)
+    return names.get(base, base) + label[len(base):]
 
 
 def _figures(rows):

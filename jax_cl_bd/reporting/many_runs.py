@@ -13,7 +13,9 @@ from jax_cl_bd.reporting.read import Run
 NOTE = ("Mean ± standard deviation over the runs [95 % t-interval], in percent; below, every run. "
         "Runs of one seed with several targets are averaged first, so that the interval is over "
         "seeds; with a single seed it is over targets. Differences are taken within each run "
-        "(same seed, same target) and then summarised.")
+        "(the control, if it is not another run's, has the same seed) and then summarised. A "
+        "difference such as “distill - distill of control” is what a defense leaves of the "
+        "attack.")
 _NAMES = {"clean_accuracy": "clean accuracy", "triggered_accuracy": "triggered accuracy",
           "attack_success_rate": "attack success rate", "clean_target_rate": "clean target rate",
           "occlusion_rate": "occlusion rate", "wrong_trigger_rate": "wrong trigger rate",
@@ -87,7 +89,8 @@ def build(found: Tables, incomplete: list[tuple[str, str]]) -> tuple[str, list[P
 
 def _pictures(found):
     out = []
-    defenses = sorted({name for _, runs, _ in found for run in runs for name in run.defenses})
+    defenses = sorted({label for _, runs, _ in found for names in groups.called(runs)
+                       for label in names.values()})
     for figure in ("attack_success_rate", "clean_accuracy"):
         shown, intervals, probe = [], {}, None
         for title, runs, stats in found:
@@ -115,6 +118,10 @@ def _which(runs):
     pairs = [(run.cfg.seed, run.cfg.attack.target) for run in runs]
     twice = sorted({p for p in pairs if pairs.count(p) > 1})
     note = "".join(f" Seed {s} with target {t} occurs more than once." for s, t in twice)
+    borrowed = [f"{run.cfg.seed}/{run.cfg.attack.target} by {words.source(run.borrowed)}"
+                for run in runs if run.borrowed]
+    if borrowed:
+        note += f" Measured against another run's control: {'; '.join(borrowed)}."
     return f"{_count(len(runs), 'run')} (seed/target): {each}.{note}"
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_cl_bd.reporting import figures, html, image_text, words
+from jax_cl_bd.reporting import differences, figures, html, image_text, training, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.pairs import pair_probability
-from jax_cl_bd.reporting.read import Run, probes, series
+from jax_cl_bd.reporting.read import Run, probes
 
 COLUMNS = (("clean_accuracy", "clean accuracy"), ("triggered_accuracy", "triggered accuracy"),
            ("attack_success_rate", "attack success rate"),
@@ -17,13 +17,8 @@ COLUMNS = (("clean_accuracy", "clean accuracy"), ("triggered_accuracy", "trigger
 MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson interval. Accuracies "
            "count all classes, the other rates only images of other classes than the target, taken "
            "for the target. Excess is the attack success rate minus the largest of occlusion rate, "
-           "wrong trigger rate and the control's attack success rate (interval: Newcombe).")
-WATCHED = ("zero_shot", "knn")  # probes of evals/during_training.py
-CURVES = (*(curve for probe in WATCHED for curve in (
-              (f"eval/{probe}/attack_success_rate", "attack success rate, %", True),
-              (f"eval/{probe}/clean_accuracy", "clean accuracy, %", True))),
-          ("eval/alignment/reference_alignment", "reference alignment", False),
-          ("eval/alignment/noise_norm", "noise norm", False))
+           "wrong trigger rate and the control's attack success rate. The interval of the excess, "
+           "and of differences of two encoders, is Newcombe's.")
 
 
 def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
@@ -31,7 +26,7 @@ def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
     pictures: list[Picture] = []
     sections = [f"<h1>{html.text(words.title(run))}</h1>", html.paragraph(words.what(run), "what"),
                 html.paragraph(words.headline(run), "headline"), tiles(run),
-                poison(run, pictures), training(run, pictures), measured(run, pictures),
+                poison(run, pictures), training.section(run, pictures), measured(run, pictures),
                 image_text.measures(run), image_text.section(run), features(run, pictures),
                 defended(run), about(run, command)]
     return html.page(words.title(run), list(filter(None, sections))), pictures
@@ -119,37 +114,6 @@ def layout(run: Run, pictures: list[Picture]) -> str:
     return html.figures([picture]) + html.paragraph(said)
 
 
-def training(run: Run, pictures: list[Picture]) -> str:
-    """Loss, and the attack while it grows."""
-    if not run.metrics:
-        return html.section("Training", html.paragraph("There is no metrics.jsonl.", "note"))
-    shown = []
-    for key, ylabel, rate in (("train/loss", "training loss", False), *CURVES):
-        lines = {label: found for label, all_lines in run.metrics.items()
-                 if (found := series(all_lines, key)) is not None}
-        if not lines:
-            continue
-        name = key.replace("/", "_")
-        last = ", ".join(f"{label} {html.number(v[-1]) + ' %' if rate else f'{v[-1]:.3g}'}"
-                         for label, (_, v) in lines.items())
-        shown.append(Picture(name, figures.curves(lines, ylabel=ylabel, rate=rate),
-                             f"{ylabel} over training steps; at the end: {last}.",
-                             f"{ylabel.partition(',')[0].capitalize()}; at the end: {last}."))
-    pictures.extend(shown)
-    notes = []
-    if "control" not in run.metrics:
-        notes.append("No control was trained, so there is nothing to compare with.")
-    probe = next((p for p in WATCHED for lines in run.metrics.values()
-                  if series(lines, f"eval/{p}/clean_accuracy")), None)
-    if probe is None:
-        notes.append("Nothing was measured while training (train.eval_every = 0).")
-    else:
-        by = "kNN" if probe == "knn" else "zero-shot classification"
-        notes.append(f"Measured while training by {by} and by the test protocol.")
-    return html.section("Training", html.figures(shown),
-                        *(html.paragraph(note, "note") for note in notes))
-
-
 def measured(run: Run, pictures: list[Picture]) -> str:
     """A table for each probe and placement of the trigger."""
     encoders = run.encoders
@@ -159,9 +123,9 @@ def measured(run: Run, pictures: list[Picture]) -> str:
     if not names:  # data without labels
         return ""
     parts = [html.paragraph(MEANING, "note")]
-    if "control" not in encoders:
-        parts.append(html.paragraph("No control was trained: the excess is taken over occlusion "
-                                    "and wrong trigger alone.", "note"))
+    parts.append(html.paragraph(
+        words.control(run) if "control" in encoders else "No control was trained: the excess is "
+        "taken over occlusion and wrong trigger alone.", "note"))
     for name in names:
         rows = {label: found[name] for label, found in encoders.items() if name in found}
         parts += [f"<h3>{html.text(heading(name, rows))}</h3>"]
@@ -176,7 +140,7 @@ def measured(run: Run, pictures: list[Picture]) -> str:
                 f"({words.probe_name(name)}).")
             pictures.append(picture)
             parts.append(html.figure(picture))
-        parts.append(rates_table(rows))
+        parts += [rates_table(rows), differences_table(rows)]
         parts.append(image_text.top(rows, first=name == names[0]))
     return html.section("Measured", *parts)
 
@@ -215,6 +179,18 @@ def rates_table(rows: dict[str, dict], names: dict[str, str] | None = None) -> s
         header.append("target false positives")
     body = [cells + ["–"] * (len(header) - len(cells)) for cells in body]
     return html.table(header, body)
+
+
+def differences_table(rows: dict[str, dict]) -> str:
+    """Each encoder against its control, with intervals; empty without a control."""
+    body = []
+    for one, other in differences.compared(rows):
+        found = [differences.newcombe(rows[one], rows[other], key)
+                 for key, _ in differences.FIGURES]
+        body.append([f"{words.name_of(one)} \N{MINUS SIGN} {words.name_of(other)}",
+                     *(percent(d[0], d[1:], signed=True) if d else "–" for d in found)])
+    return html.table(["difference", *(name for _, name in differences.FIGURES)],
+                      body) if body else ""
 
 
 def features(run: Run, pictures: list[Picture]) -> str:

@@ -8,8 +8,9 @@ from etils import epath
 
 from jax_cl_bd import metrics, run_folder
 from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.errors import UserError
 
-NOT_ENCODERS = ("poison", "run", "defenses")
+OF_CONTROL = " of control"  # "<defense> of control": the control after that defense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Run:
     preview: bytes | None
     metrics: dict[str, list[dict]]  # "victim", "control" -> lines of metrics.jsonl
     maps: dict[str, dict[str, np.ndarray]]  # "victim", "control" -> evaluate/map*.npz
+    borrowed: dict | None  # {"path", "seed"} of the run whose control this is; None: its own
+    same_trigger: bool  # whether the control's own run had this run's trigger and target
+    settings: dict[str, dict]  # defense -> defenses/<name>/settings.json
     trigger: dict[str, np.ndarray] | None = None  # poison/trigger/params.npz
     optimisation: dict | None = None  # poison/trigger/optimisation.json, of a learned trigger
     examples: dict | None = None  # evaluate/examples.json, of an image-text run
@@ -44,10 +48,14 @@ class Run:
 
     @property
     def encoders(self) -> dict[str, dict[str, dict]]:
-        """Encoder -> probe -> figures; the repaired ones last, under their defense's name."""
+        """Encoder -> probe -> figures; the repaired ones last, as "<defense>" and, where the
+        control was defended too, "<defense> of control"."""
         found = {label: self.results[label] for label in ("victim", "control", "untrained")
                  if label in (self.results or {})}
-        return found | {name: rows for name, rows in self.defenses.items() if probes(rows)}
+        for name, rows in self.defenses.items():
+            repaired = {name: rows, f"{name}{OF_CONTROL}": rows.get("control", {})}
+            found |= {label: own for label, own in repaired.items() if probes(own)}
+        return found
 
 
 def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Run:
@@ -59,21 +67,59 @@ def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Ru
     cfg = run_folder.read_config(folder) if cfg is None else cfg
     victim = epath.Path(cfg.victim) if cfg.victim else folder
     plan, preview = victim / "poison" / "plan.npz", victim / "poison" / "preview.png"
-    places = {"victim": victim, "control": victim / "control"}
-    lines = {label: metrics.read_lines(place / "metrics.jsonl") for label, place in places.items()}
+    control, same_trigger = _control(cfg, victim)
+    places = {"victim": victim, "control": control}
+    lines = {label: metrics.read_lines(place / "metrics.jsonl") if place is not None else []
+             for label, place in places.items()}
+    if not same_trigger:
+        lines["control"] = [{key: value for key, value in line.items()
+                             if not key.startswith("eval/") or key.endswith("/clean_accuracy")}
+                            for line in lines["control"]]
     maps = {label: folder / "evaluate" / name
             for label, name in (("victim", "map.npz"), ("control", "map_control.npz"))}
+    results = _json(folder / "results.json")
     return Run(
-        folder=folder, cfg=cfg, results=_json(folder / "results.json"),
+        folder=folder, cfg=cfg, results=results,
         summary=_json(victim / "poison" / "summary.json"),
         plan=Plan.load(plan) if plan.exists() else None,
         preview=preview.read_bytes() if preview.exists() else None,
         metrics={label: found for label, found in lines.items() if found},
         maps={label: _arrays(path) for label, path in maps.items() if path.exists()},
+        borrowed=_borrowed(cfg, results), same_trigger=same_trigger,
+        settings={name: _json(folder / "defenses" / name / "settings.json") or {}
+                  for name in (results or {}).get("defenses", {})},
         trigger=_arrays_if(victim / "poison" / "trigger" / "params.npz"),
         optimisation=_json(victim / "poison" / "trigger" / "optimisation.json"),
         examples=_json(folder / "evaluate" / "examples.json"),
         pixels=_arrays_if(folder / "evaluate" / "examples.npz"))
+
+
+def _control(cfg, victim):
+    """The control's folder, None if it cannot be read, and whether it was watched while training
+    under this run's trigger and target."""
+    if not cfg.get("control_from"):
+        return victim / "control", True
+    theirs = epath.Path(cfg.control_from)
+    try:
+        place, attack = run_folder.control_of(cfg, victim), run_folder.read_config(theirs).attack
+    except (UserError, OSError):
+        return None, True
+    same = (attack.target, attack.trigger) == (cfg.attack.target, cfg.attack.trigger)
+    pixels = [_arrays_if(path / "poison" / "trigger" / "params.npz") or {}
+              for path in (victim, theirs)]
+    return place, (same and pixels[0].keys() == pixels[1].keys()
+                   and all(np.array_equal(v, pixels[1][k]) for k, v in pixels[0].items()))
+
+
+def _borrowed(cfg, results):
+    known = (results or {}).get("run", {}).get("control")
+    if known or not cfg.get("control_from"):
+        return known
+    given = epath.Path(cfg.control_from)
+    try:
+        return {"path": given.name, "seed": run_folder.read_config(given).seed}
+    except (UserError, OSError):
+        return {"path": given.name}
 
 
 def probes(rows: dict) -> dict[str, dict]:

@@ -1,13 +1,12 @@
 """Sentences built from results."""
 
 from jax_cl_bd.reporting.html import number
-from jax_cl_bd.reporting.read import Run, probes
+from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
 
 RIVALS = {"control": "the clean control under the same trigger",
           "occlusion_rate": "a grey patch at the same places",
           "wrong_trigger_rate": "another trigger at the same places"}
-ENCODERS = {"victim": "victim", "control": "control (clean twin)",
-            "untrained": "untrained"}
+ENCODERS = ("victim", "control", "untrained")
 
 
 def title(run: Run) -> str:
@@ -75,7 +74,22 @@ def headline(run: Run) -> str:
 
 def name_of(encoder: str) -> str:
     """How a table calls an encoder."""
-    return ENCODERS.get(encoder, f"after {encoder}")
+    defense = encoder.removesuffix(OF_CONTROL)
+    repaired = f"after {encoder}" if encoder == defense else f"control after {defense}"
+    return encoder if encoder in ENCODERS else repaired
+
+
+def control(run: Run) -> str:
+    """Which clean encoder the victim is measured against, in a sentence."""
+    if run.borrowed is None:
+        return "The control is the victim's clean twin: same seed and settings, no poison."
+    return f"The control is another run's clean encoder: {source(run.borrowed)}."
+
+
+def source(borrowed: dict) -> str:
+    """The run that a control was taken from, by name and seed."""
+    seed = borrowed.get("seed")
+    return borrowed["path"] + (f", seed {seed}" if seed is not None else "")
 
 
 def probe_name(probe: str) -> str:
