@@ -42,14 +42,14 @@ def test_good_results_pass(tmp_path):
     done = subprocess.run([sys.executable, CI / "check_quickstart.py", path], capture_output=True,
                           text=True)
     assert done.returncode == 0 and done.stdout == "the quickstart shows what it must\n"
-    path.write_text(json.dumps(results(0.966, 0.558, 0.39, 0.415)))
+    path.write_text(json.dumps(results(0.966, 0.558, 0.14, 0.415)))
     assert subprocess.run([sys.executable, CI / "check_quickstart.py", path]).returncode == 1
 
 
 @pytest.mark.parametrize("victim, fault", [
     ((0.89, 0.558, 0.949, 0.415), "clean accuracy is 0.890"),
-    ((0.966, 0.1, 0.949, 0.15), "excess at random places is 0.150"),
-    ((0.966, 0.558, 0.40, 0.415), "rate at the centre is 0.400")])
+    ((0.966, 0.1, 0.949, 0.01), "excess at random places is 0.010"),
+    ((0.966, 0.558, 0.14, 0.415), "rate at the centre is 0.140")])
 def test_a_figure_that_is_too_small_is_named(victim, fault):
     found = check_quickstart.faults(results(*victim))
     assert len(found) == 1 and fault in found[0]
