@@ -4,8 +4,9 @@ import json
 import sys
 
 # Another kind or number of CPU threads gives other bits, and here other outcomes, as another seed
-# does. Of eight seeds (docs/results.md) the weakest had excess 0.037 at random places and an attack
-# success rate of 0.207 at the centre, the strongest control 0.003 and 0.054: the limits lie between.
+# does. Of six seeds (docs/results.md) the weakest had excess 0.037 at random places and an attack
+# success rate of 0.207 at the centre, the strongest control 0.000 and 0.054: the limits lie
+# between.
 CLEAN_ACCURACY, EXCESS, CENTRE_RATE = 0.90, 0.02, 0.15
 PROBES = ("linear_probe", "linear_probe:center")
 INTERVALS = ("clean_accuracy", "attack_success_rate", "excess")
