@@ -9,9 +9,9 @@ from scipy import stats
 from jax_cl_bd import run_folder
 from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
 
-FREE = ("seed", "attack.target")  # what may differ within a group
-# Folders, of which each seed may name its own: where something was taken from, not what it is.
-FOLDERS = ("control_from", "attack.trigger_from", "attack.surrogate")
+FREE = ("seed", "attack.target", "control_from")  # what may differ within a group
+# Folders, of which each seed may name its own: whether there is one tells runs apart, not which.
+FOLDERS = ("init_from", "attack.trigger_from", "attack.surrogate")
 MOST_TOLD = 4  # a few differences tell groups apart; a long list belongs to the settings
 FIGURES = ("clean_accuracy", "triggered_accuracy", "attack_success_rate", "clean_target_rate",
            "occlusion_rate", "wrong_trigger_rate", "excess")
@@ -47,13 +47,14 @@ class Statistic:
 
 def key_of(settings: dict) -> dict[str, str]:
     """What the runs of a group share: every setting that is hashed, but seed, target, folders."""
-    return {k: repr(v) for k, v in sorted(settings.items()) if k not in FREE + FOLDERS}
+    return {k: ("given" if v else "''") if k in FOLDERS else repr(v)
+            for k, v in sorted(settings.items()) if k not in FREE}
 
 
 def evaluated(cfg: ml_collections.ConfigDict) -> dict[str, str]:
     """The key of what victim, control and untrained encoder were made and measured with."""
-    names = [group for group in run_folder.EVALUATE_GROUPS if group not in FOLDERS]
-    return key_of(run_folder.settings_of(cfg, tuple(names)))
+    names = tuple(group for group in run_folder.EVALUATE_GROUPS if group != "control_from")
+    return key_of(run_folder.settings_of(cfg, names))
 
 
 def split(runs: list[Run]) -> list[tuple[str, list[Run]]]:
