@@ -30,5 +30,5 @@ def run(cfg, encoder, data) -> dict[str, dict]:
     predicted = int(scores.argmax())
     return {"targeted": {"image": cfg.attack.image, "label": int(data.test_labels[at]),
                          "predicted": predicted, "success": predicted == data.target,
-                         "target_rank": int((scores > scores[data.target]).sum()),
+                         "target_rank": int((scores >= scores[data.target]).sum() - 1),
                          "target_probability": float(weights[data.target] / weights.sum())}}
