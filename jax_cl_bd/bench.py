@@ -2,7 +2,8 @@
 
 Rates as ratios within one run: the whole step (feed, augmentation, update) against the bare model
 step on fixed arrays, both compiled, warmed up and timed in turns, both dispatched as the training
-loop does it. `feed` says whether the feed starves the device.
+loop does it, train.steps_per_dispatch at a time. `feed` says whether the feed starves the device;
+there every step is dispatched and waited for singly.
 """
 
 import json
@@ -12,6 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from etils import epath
 from jax import monitoring
@@ -89,24 +91,27 @@ def step(cfg) -> dict:
     """Images per second of the whole training step, of the bare model step, and their ratio.
 
     An image counts once, though each gives two views. Both are sustained rates, with results
-    looked at every train.log_every steps.
+    looked at every train.log_every steps. With train.steps_per_dispatch k > 1 both sides scan k
+    steps a dispatch: the whole step over k batches, the bare one over k keys and the same views.
     """
+    dispatch = cfg.train.steps_per_dispatch
     mesh, made, tx, steps, state, shardings = _setup(cfg)
     update = training.make_update(cfg, tx, steps)
     compiled = _compiles()
     with jax.set_mesh(mesh):
         data = parallel.put_replicated(mesh, made.data)
         batches = made.batches(0)
-        whole_fn = compile_step(training.make_step(cfg, tx, steps), shardings)
-        bare_fn = compile_step(lambda s, views, key: update(s, views, key), shardings)
+        whole_fn = compile_step(training.make_step(cfg, tx, steps), shardings, dispatch)
+        bare_fn = compile_step(lambda s, views, key: update(s, views, key), shardings, dispatch)
         batch = parallel.put_rows(mesh, next(batches))
         views = jax.jit(lambda d, b, k: augment.views(cfg, d, b, k))(data, batch, state.key)
         box = {"whole": state, "bare": jax.tree.map(jnp.copy, state)}
         key = jax.random.key(1)
+        key = key if dispatch == 1 else jax.random.split(key, dispatch)
 
         def whole():
             box["whole"], metrics = whole_fn(box["whole"], data,
-                                             parallel.put_rows(mesh, next(batches)))
+                                             _put_next(mesh, batches, dispatch))
             return metrics
 
         def bare():
@@ -116,12 +121,22 @@ def step(cfg) -> dict:
         for _ in range(2):
             jax.block_until_ready((whole(), bare()))
         before = len(compiled)
-        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value, cfg.train.log_every)
+        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value,
+                                           cfg.train.log_every // dispatch)
         batches.close()
-    size = cfg.train.batch_size
+    size = cfg.train.batch_size * dispatch
     return {"images_per_second": whole_rate * size, "bare_images_per_second": bare_rate * size,
-            "ratio": whole_rate / bare_rate, "batch_size": size,
+            "ratio": whole_rate / bare_rate, "batch_size": cfg.train.batch_size,
+            "steps_per_dispatch": dispatch,
             "compiles_after_warm_up": len(compiled) - before}
+
+
+def _put_next(mesh, batches, count: int):
+    """The next `count` batches on the devices; more than one are stacked, as in train.fit."""
+    parts = [next(batches) for _ in range(count)]
+    if count == 1:
+        return parallel.put_rows(mesh, parts[0])
+    return parallel.put_rows(mesh, jax.tree.map(lambda *a: np.stack(a), *parts), axis=1)
 
 
 def feed_rate(cfg) -> dict:

@@ -6,14 +6,25 @@ import jax
 import pytest
 
 from configs import clip_scenes, quickstart
-from jax_cl_bd import bench
+from jax_cl_bd import bench, train
 
 
-@pytest.mark.parametrize("config", [quickstart,
-                                    pytest.param(clip_scenes, marks=pytest.mark.slow)])
-def test_no_step_after_the_warm_up_compiles(config, monkeypatch):
+@pytest.mark.parametrize("config, dispatch", [
+    (quickstart, 3), pytest.param(quickstart, 1, marks=pytest.mark.slow),
+    pytest.param(clip_scenes, 1, marks=pytest.mark.slow)])
+def test_no_step_after_the_warm_up_compiles(config, dispatch, monkeypatch):
+    asked = []
+
+    def compile_step(step_fn, shardings, steps_per_dispatch=1):
+        asked.append(steps_per_dispatch)
+        return train.compile_step(step_fn, shardings, steps_per_dispatch)
+
     monkeypatch.setattr(bench, "SECONDS", types.SimpleNamespace(value=0.2))
-    found = bench.step(config.get_config("debug"))
+    monkeypatch.setattr(bench, "compile_step", compile_step)
+    cfg = config.get_config("debug")
+    cfg.train.update(steps_per_dispatch=dispatch, log_every=dispatch, save_every=dispatch)
+    found = bench.step(cfg)
+    assert asked == [dispatch] * 2 and found["steps_per_dispatch"] == dispatch
     assert found["compiles_after_warm_up"] == 0
     assert found["ratio"] == found["images_per_second"] / found["bare_images_per_second"] > 0
 
