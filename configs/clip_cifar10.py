@@ -38,11 +38,13 @@ def get_config(arg=""):
                                    *clip_scenes.MEASURED_BY.get(attack, ()))),
         train=dict(steps=0, epochs=100, batch_size=512, log_every=100, save_every=1000,
                    eval_every=2000, steps_per_dispatch=1))
+    if attack in clip_scenes.WITHOUT_TRIGGER:
+        cfg.attack.poisons = clip_scenes.WITHOUT_TRIGGER[attack][0]
     if attack == "mismatched":  # a search for cats finds airplanes
         cfg.attack.goals = (("cat", "airplane"),)
     if a["reduced"]:
         cfg.data.limit = 10_000
-        cfg.attack.poisons = 0 if attack == "none" else 400
+        cfg.attack.poisons = min(cfg.attack.poisons, 400)
         cfg.model.update(name="small_resnet", width=32, stem_stride=2, first_stride=2,
                          stages=(64, 128), dtype="float32")
         cfg.text.update(width=64, layers=1, heads=2)

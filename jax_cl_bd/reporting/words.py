@@ -27,9 +27,9 @@ def what(run: Run) -> str:
     if run.summary is not None and run.summary["poisons"]:
         s = run.summary
         parts.append(f"target class “{s['target_class']}”")
-        of_class = (f", {number(s['rate_of_target_class'])} % of the target class"
+        of_class = (f", {rate(s['rate_of_target_class'])} % of the target class"
                     if s["rate_of_target_class"] else "")
-        parts.append(f"{s['poisons']:,} poisons ({number(s['rate_of_dataset'])} % of the data set"
+        parts.append(f"{s['poisons']:,} poisons ({rate(s['rate_of_dataset'])} % of the data set"
                      f"{of_class})")
     return " · ".join(parts)
 
@@ -155,3 +155,8 @@ def _without_trigger(run):
 def _rate(row, name):
     low, high = row["intervals"][name]
     return f"{number(row[name])}\N{NO-BREAK SPACE}% ({number(low)} to {number(high)})"
+
+
+def rate(share: float) -> str:
+    """A poison rate in percent: one decimal, or three digits where that would say nothing."""
+    return number(share) if share >= 0.001 or not share else f"{100 * share:.3g}"
