@@ -1,5 +1,6 @@
 """python -m jax_cl_bd --config=FILE[:args] --workdir=DIR [--stages=...] [--config.key=value ...]"""
 
+import signal
 import sys
 
 from absl import flags, logging
@@ -64,12 +65,19 @@ def main(argv: list[str]) -> None:
     chosen = [s for s in STAGES if s in ONLY.value]
     stages.check(cfg, chosen)
     with run_folder.locked(folder):
-        if FORCE.value:
-            stages.drop(cfg, folder, FORCE.value)
-        stages.run(cfg, folder, chosen)
+        stages.run(cfg, folder, chosen, FORCE.value)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; while an encoder is trained, train.fit sees to it."""
+
+
+def _terminate(number, frame):
+    raise _Terminated
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(sys.argv)
     except UserError as error:
@@ -80,6 +88,8 @@ if __name__ == "__main__":
 
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        print(f"stopped{' by SIGTERM' if terminated else ''}; the same command goes on where it "
+              "stopped", file=sys.stderr)
+        sys.exit(143 if terminated else 130)

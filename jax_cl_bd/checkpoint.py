@@ -50,8 +50,9 @@ def _digests(folder: epath.Path) -> dict[str, str]:
     return found
 
 
-def _fault(folder: epath.Path) -> str | None:
-    """Says what is wrong with a step's folder, or None."""
+def fault(checkpoints: epath.Path, step: int) -> str | None:
+    """Says what is wrong with the files of a step, or None."""
+    folder = checkpoints / str(step)
     try:
         expected = json.loads((folder / DIGESTS).read_text())
     except (FileNotFoundError, ValueError):
@@ -73,10 +74,10 @@ def newest_good_step(folder: epath.Path, *, rename: bool = False) -> int | None:
         return None
     steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
     for step in steps:
-        fault = _fault(folder / str(step))
-        if fault is None:
+        wrong = fault(folder, step)
+        if wrong is None:
             return step
-        print(f"checkpoint {folder / str(step)} is damaged ({fault}); falling back to the one "
+        print(f"checkpoint {folder / str(step)} is damaged ({wrong}); falling back to the one "
               f"before{f', this one is renamed to bad-{step}' if rename else ''}", file=sys.stderr)
         if rename:
             bad = folder / f"bad-{step}"

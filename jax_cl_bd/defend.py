@@ -1,5 +1,6 @@
 """defend: runs one defense on the victim and on the control, and measures what comes out."""
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -59,7 +60,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     """Defends the victim of one run folder; results go to defenses/<name> of `folder`.
 
     The control is defended alike, as what the defense does without a backdoor; not so by a defense
-    that never looks at the victim (USES_VICTIM = False), whose rival is then the control itself.
+    that never looks at the victim (USES_VICTIM = False), whose rival is then the control itself,
+    and not twice where the victim is its own control.
     """
     began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
@@ -76,7 +78,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     results = {}
     suspects = [("victim", victim, out)]
     control = run_folder.control_of(cfg, victim)
-    if getattr(defense, "USES_VICTIM", True) and control is not None:
+    uses_victim = getattr(defense, "USES_VICTIM", True)
+    if uses_victim and control not in (None, victim):
         suspects.append(("control", control, out / "control"))
     for label, place, where in suspects:
         suspect = encoders.load(place, mesh)
@@ -88,13 +91,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
         run_folder.write_json(where / "report.json", outcome.report)
         results[label] = row
+    if uses_victim and control == victim:
+        results["control"] = copy.deepcopy(results["victim"])
     path = folder / "results.json"
     whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
-    measured = victim / "results.json"
-    undefended = run_folder.read_json(measured) if measured.exists() else {}
+    undefended = _undefended_control(cfg, folder, victim)
     for label, row in results.items():
         probes = {k: v for k, v in row.items() if k != "verdict"}
-        rival = results.get("control", undefended.get("control")) if label == "victim" else None
+        rival = results.get("control", undefended) if label == "victim" else None
         evaluate.add_excess(probes, rival)
     found = results["victim"] | {"seconds": round(time.monotonic() - began, 1)}
     if "control" in results:
@@ -102,3 +106,15 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     run_folder.write_json(out / "results.json", found)
     whole["defenses"][cfg.defense.name] = found
     run_folder.write_json(path, whole)
+
+
+def _undefended_control(cfg, folder: epath.Path, victim: epath.Path) -> dict | None:
+    """The control's rows as they were measured here or else with the victim, by the same evals."""
+    settings = run_folder.settings_of(cfg, run_folder.EVALUATE_GROUPS)
+    for place in (folder, victim):
+        begun, results = place / "evaluate" / "settings.json", place / "results.json"
+        if not (run_folder.is_done(place / "evaluate") and results.exists()):
+            continue
+        if not run_folder.difference(run_folder.read_json(begun), settings):
+            return run_folder.read_json(results).get("control")
+    return None

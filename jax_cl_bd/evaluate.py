@@ -1,7 +1,11 @@
 """evaluate: measures victim, control and an untrained encoder alike, into results.json."""
 
+import contextlib
+import copy
+import dataclasses
 import datetime
 import importlib.metadata
+import os
 import platform
 import time
 
@@ -62,20 +66,30 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
 
 def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encoders.Encoder:
     """The encoder as the victim's training began with it."""
-    return encoders.of_parts(cfg, training.first_variables(cfg), mesh,
-                             texts.load_tokenizer(cfg, victim))
+    drawn = encoders.of_parts(cfg, training.first_variables(cfg), mesh,
+                              texts.load_tokenizer(cfg, victim))
+    return dataclasses.replace(drawn, step=0)
 
 
 def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, label: str) -> dict:
     """Runs every probe of the config: {"<probe>[:placement]": figures} and the alignment row."""
-    progress = metrics.Progress(f"evaluate {label}", len(cfg.evals.probes) + 1)
-    rows = {}
-    for name in cfg.evals.probes:
-        rows |= lookup.load("evals", name, offers="run").run(cfg, encoder, data)
+    with contextlib.closing(metrics.Progress(f"evaluate {label}",
+                                             len(cfg.evals.probes) + 1)) as progress:
+        rows, seen = {}, 0
+
+        def watch(count):
+            nonlocal seen
+            seen += count
+            progress.update(0, f"{name}, {seen} images encoded")
+
+        encoder.watchers.append(watch)
+        for name in cfg.evals.probes:
+            rows |= lookup.load("evals", name, offers="run").run(cfg, encoder, data)
+            progress.update(1, name)
+        name = "alignment"
+        rows[name] = alignment.of_encoder(encoder, data)
         progress.update(1, name)
-    rows["alignment"] = alignment.of_encoder(encoder, data)
-    progress.update(1, "alignment")
-    progress.close()
+        encoder.watchers.remove(watch)
     return rows
 
 
@@ -83,7 +97,7 @@ def add_excess(rows: dict, control: dict | None) -> None:
     """Writes `excess` into every probe row, against the control's row of the same name."""
     for name, row in rows.items():
         if "clean_accuracy" in row:
-            attack_metrics.add_excess(row, control[name] if control else None)
+            attack_metrics.add_excess(row, (control or {}).get(name))
 
 
 def check(cfg: ml_collections.ConfigDict) -> None:
@@ -91,7 +105,7 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     if not cfg.evals.probes:
         raise UserError("evals.probes is empty; name at least one, such as ('knn',)")
     if cfg.control_from:
-        run_folder.control_of(cfg, epath.Path(cfg.control_from))
+        run_folder.control_of(cfg, epath.Path(cfg.control_from))  # refuses what does not fit
     probes = [lookup.load("evals", name, offers="run") for name in cfg.evals.probes]
     _check_labels(cfg)
     data = test_data(cfg, poison.make_trigger(cfg))
@@ -124,25 +138,29 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     mesh = parallel.make_mesh(cfg.mesh)
     data = test_data(cfg, poison.load_trigger(cfg, victim))
     found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, victim, mesh)}
-    if (control := run_folder.control_of(cfg, victim)) is not None:
+    if (control := run_folder.control_of(cfg, victim)) not in (None, victim):
         found["control"] = encoders.load(control, mesh)
-    results = {label: measure(cfg, encoder, data, label) for label, encoder in found.items()}
+    results, answers = {}, {}
+    for label, encoder in found.items():  # one after the other: `data` keeps features of one
+        results[label] = measure(cfg, encoder, data, label)
+        if label != "untrained":
+            _save_map(folder, label, encoder, data)
+            if encoder.text is not None:
+                answers[label] = examples.find(cfg, encoder, data)
+    if control == victim:
+        results["control"] = copy.deepcopy(results["victim"])
     for label in results:
         add_excess(results[label], results.get("control") if label != "control" else None)
-    answers = {}
-    for label in ("victim", "control"):
-        if label in found:
-            _save_map(folder, label, found[label], data)
-            if found[label].text is not None:
-                answers[label] = examples.find(cfg, found[label], data)
     if answers:
         _save_examples(folder, answers, data)
-    old = folder / "results.json"
-    defenses = run_folder.read_json(old).get("defenses", {}) if old.exists() else {}
+    steps = {label: encoder.step for label, encoder in found.items()}
+    steps |= {"control": steps["victim"]} if control == victim else {}
     summary = run_folder.read_json(victim / "poison" / "summary.json")
     run_folder.write_json(folder / "results.json", {
-        "poison": _poison_row(cfg, summary), **results, "defenses": defenses,
-        "run": _run_row(cfg, victim, time.monotonic() - began)})
+        "poison": _poison_row(cfg, summary), **results,
+        "defenses": run_folder.kept_defenses(folder),
+        "run": _run_row(cfg, victim, time.monotonic() - began)
+        | {"steps": steps, "control": control and _name_of(control)}})
 
 
 def _poison_row(cfg, summary: dict) -> dict:
@@ -164,6 +182,14 @@ def _run_row(cfg, folder: epath.Path, seconds: float) -> dict:
             "devices": [d.device_kind for d in jax.devices()], "seconds": round(seconds, 1),
             "images_per_second": float(np.median(speeds)) if speeds else None,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def _name_of(control: epath.Path) -> dict:
+    """Which encoder the control is: its run folder's name and its seed."""
+    own = control.name == "control"
+    run = epath.Path(os.path.abspath(control.parent if own else control)).name
+    return {"folder": f"{run}/control" if own else run,
+            "seed": run_folder.read_config(control).seed}
 
 
 def _save_map(folder: epath.Path, label: str, encoder, data) -> None:

@@ -18,7 +18,7 @@ class Writer:
         self._rewrite()
         try:  # optional extra `tensorboard`
             from tensorboardX import SummaryWriter
-            self.events = SummaryWriter(str(folder / "events"))
+            self.events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
         except ImportError:
             self.events = None
 
@@ -66,7 +66,8 @@ class Progress:
         self.note = ""
         self.begun = self.said = time.monotonic()
         self.seconds = seconds
-        self.bar = (tqdm(total=total, initial=start, desc=label, unit="step", file=sys.stderr)
+        self.bar = (tqdm(total=total, initial=start, desc=label, unit="step", file=sys.stderr,
+                         miniters=0)  # a note alone is worth drawing too
                     if sys.stderr.isatty() else None)
 
     def update(self, count: int = 1, note: str | None = None) -> None:
@@ -82,10 +83,11 @@ class Progress:
 
     def _say(self) -> None:
         self.said = time.monotonic()
-        rate = (self.done - self.first) / max(self.said - self.begun, 1e-9)
-        left = int((self.total - self.done) / max(rate, 1e-9))
-        print(f"{self.label}: {self.done}/{self.total} ({rate:.2f}/s, "
-              f"{left // 60}:{left % 60:02d} left)  {self.note}".rstrip(),
+        rate, speed = (self.done - self.first) / max(self.said - self.begun, 1e-9), ""
+        if rate:
+            left = int((self.total - self.done) / rate)
+            speed = f" ({rate:.2f}/s, {left // 60}:{left % 60:02d} left)"
+        print(f"{self.label}: {self.done}/{self.total}{speed}  {self.note}".rstrip(),
               file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -9,7 +9,9 @@ poison/tokenizer.json         of an image-text run
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import tempfile
 from types import ModuleType
 
@@ -52,6 +54,7 @@ def run(cfg, folder: epath.Path) -> None:
         with _renamed(stage / "tokenizer.json") as path:
             texts.make_tokenizer(cfg, source).save(path)
     facts = summary(cfg, plan, rows, table, source.classes, trigger)
+    facts["data"] = fingerprint(source, table)
     run_folder.write_json(stage / "summary.json", facts)
     with _renamed(stage / "preview.png") as path:
         path.write_bytes(preview.draw(cfg, plan, rows, source))
@@ -87,6 +90,33 @@ def check(cfg, table, classes: tuple[str, ...]) -> None:
     lookup.load("attacks", cfg.attack.name, offers="plan").check(cfg, table, classes)
     if cfg.attack.trigger_from:
         make_trigger(cfg)
+
+
+def fingerprint(source, table) -> dict:
+    """What tells one data set from another without its pixels: {"rows", "sha256"} of labels, sizes
+    and, where the source has them, captions and paths."""
+    digest = hashlib.sha256()
+    digest.update(np.asarray(table.labels, np.int64).tobytes())
+    digest.update(np.asarray(table.sizes, np.int32).tobytes())
+    for texts_of_rows in (table.captions, getattr(source, "paths", None)):
+        for row in texts_of_rows or ():
+            digest.update(json.dumps(row).encode())
+    return {"rows": len(table.labels), "sha256": digest.hexdigest()}
+
+
+def check_data(cfg, folder: epath.Path) -> None:
+    """Compares the data with those that the poisons of a run folder were made from, if it says.
+
+    Raises:
+        UserError: they are not the same rows.
+    """
+    recorded = run_folder.read_json(folder / "poison" / "summary.json").get("data")
+    if recorded is None:
+        return  # of runs made before there were fingerprints
+    source = sources.load(cfg.data, "train")
+    if differs := run_folder.difference(recorded, fingerprint(source, sources.table(source))):
+        raise UserError(f"data set {cfg.data.name!r} is not the one that {folder} was poisoned "
+                        f"with: {differs} (restore it, or use another --workdir)")
 
 
 def load(folder: epath.Path) -> tuple[Plan, dict[str, np.ndarray]]:

@@ -56,14 +56,15 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`.
 
-    The twin is left out where cfg.control_from names another run's.
+    The twin is left out where cfg.control_from names another run's, and where nothing is poisoned:
+    it would be the same encoder once more.
     """
     source = sources.load(cfg.data, "train")
     plan, rows = poison.load(folder)
     captions = texts.load(cfg, folder, source)
     sets = {"victim": (folder, PoisonedSet(source, plan, rows, captions))}
     steps, per_epoch = total_steps(cfg, len(sets["victim"][1].kept))
-    if cfg.control and not cfg.control_from:
+    if cfg.control and not cfg.control_from and len(plan):
         sets["control"] = (folder / "control", PoisonedSet(source, texts=captions))
     settings = run_folder.settings_of(cfg, run_folder.PRETRAIN_GROUPS)
     mesh = parallel.make_mesh(cfg.mesh)
@@ -83,7 +84,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         clean = rows_feed.data.get("clean")
         fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place,
             steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
-        run_folder.finish(place / "pretrain", settings)
+        run_folder.finish(place / "pretrain", settings, step=steps)
 
 
 def _watched(cfg, source, folder):

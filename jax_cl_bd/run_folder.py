@@ -16,8 +16,13 @@ from jax_cl_bd.errors import UserError
 # Which config groups each stage depends on, its predecessors' included (design 1).
 POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
 PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train")
-EVALUATE_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream", "control_from")
+MEASURE_GROUPS = ("evals", "downstream", "control_from")  # how encoders are measured, not made
+EVALUATE_GROUPS = PRETRAIN_GROUPS + MEASURE_GROUPS
 DEFEND_GROUPS = EVALUATE_GROUPS + ("defense",)
+# What victim and control must share to be compared.
+SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "train")
+# What settings that older runs lack were before there was a choice; any other is "".
+BEFORE = {"text.name": "none"}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
@@ -67,21 +72,33 @@ def hash_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _difference(old: dict, new: dict) -> str:
-    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return "; ".join(f"{k}: {old.get(k, 'absent')!r} there, {new.get(k, 'absent')!r} now"
-                     for k in keys)
+def of_groups(settings: dict[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
+    """Keeps the settings of some groups."""
+    return {k: v for k, v in settings.items() if k.partition(".")[0] in groups}
 
 
-def check_settings(stage: epath.Path, settings: dict[str, Any]) -> None:
-    """Refuses a stage folder that was begun with other settings.
+def difference(old: dict, new: dict) -> str:
+    """Says which settings differ, "" if none; one that is absent was not yet there to be set."""
+    new = json.loads(json.dumps(new))  # lists for tuples, as in what was read
+    pairs = {k: [side.get(k, BEFORE.get(k, "")) for side in (old, new)]
+             for k in sorted(old.keys() | new.keys())}
+    return "; ".join(f"{k}: {there!r} there, {now!r} now"
+                     for k, (there, now) in pairs.items() if there != now)
+
+
+def check_settings(stage: epath.Path, settings: dict[str, Any], *,
+                   but: tuple[str, ...] = ()) -> None:
+    """Refuses a stage folder that was begun with other settings, the groups `but` left out.
 
     Raises:
         UserError: naming every setting that differs.
     """
-    path = stage / "settings.json"
-    if path.exists() and (old := read_json(path)) != json.loads(json.dumps(settings)):
-        raise UserError(f"{stage} was made with other settings: {_difference(old, settings)} "
+    if not (stage / "settings.json").exists():
+        return
+    groups = tuple({key.partition(".")[0] for key in settings} - set(but))
+    old = of_groups(read_json(stage / "settings.json"), groups)
+    if differs := difference(old, of_groups(settings, groups)):
+        raise UserError(f"{stage} was made with other settings: {differs} "
                         "(use another --workdir, or --force=STAGE to redo it)")
 
 
@@ -96,31 +113,64 @@ def begin(stage: epath.Path, settings: dict[str, Any]) -> None:
         write_json(stage / "settings.json", settings)
 
 
-def finish(stage: epath.Path, settings: dict[str, Any]) -> None:
-    """Marks a stage complete."""
-    write_json(stage / "done.json", {"hash": hash_of(settings)})
+def finish(stage: epath.Path, settings: dict[str, Any], **facts: int) -> None:
+    """Marks a stage complete; `facts`, such as the last step, are kept in its mark."""
+    write_json(stage / "done.json", {"hash": hash_of(settings), **facts})
+
+
+def is_begun(folder: epath.Path) -> bool:
+    """Says whether a run's training, or a defense, was begun and is not complete."""
+    stage = folder / "pretrain" if (folder / "pretrain").exists() else folder
+    return (stage / "settings.json").exists() and not is_done(stage)
+
+
+def last_step(folder: epath.Path) -> int | None:
+    """The step that a run's training ended with; None if it did not, or did not say."""
+    mark = folder / "pretrain" / "done.json"
+    return read_json(mark).get("step") if mark.exists() else None
+
+
+def kept_defenses(folder: epath.Path) -> dict[str, dict]:
+    """The rows of results.json that are of complete defenses."""
+    path = folder / "results.json"
+    rows = read_json(path).get("defenses", {}) if path.exists() else {}
+    return {name: row for name, row in rows.items() if is_done(folder / "defenses" / name)}
+
+
+def is_clean(folder: epath.Path) -> bool:
+    """Says whether a run's data were poisoned by nothing at all."""
+    path = folder / "poison" / "summary.json"
+    return path.exists() and read_json(path).get("poisons") == 0
 
 
 def control_of(cfg: ml_collections.ConfigDict, victim: epath.Path) -> epath.Path | None:
     """The folder of the clean encoder that a victim is measured against; None if there is none.
 
-    It is the twin in `victim`, or what cfg.control_from names: another run with a control of its
-    own, or a run without poisons (so that many victims share one control, or have one of another
-    seed).
+    It is the twin in `victim`, or the victim itself where nothing was poisoned, or what
+    cfg.control_from names: another run with a control of its own, or a run without poisons (so that
+    many victims share one control, or have one of another seed).
 
     Raises:
-        UserError: control_from holds no finished clean encoder.
+        UserError: control_from holds no finished clean encoder, or one that was made otherwise than
+            the victim in more than seed and attack.
     """
-    if not cfg.control_from:
-        twin = victim / "control"
-        return twin if is_done(twin / "pretrain") else None
-    given = epath.Path(cfg.control_from)
-    if is_done(given / "control" / "pretrain"):
-        return given / "control"
-    if is_done(given / "pretrain") and not read_config(given).attack.poisons:
-        return given
-    raise UserError(f"control_from={cfg.control_from!r} must be a run folder with a finished "
-                    "control, or one of a finished run with attack.poisons=0")
+    home = epath.Path(cfg.control_from) if cfg.control_from else victim
+    if is_done(home / "control" / "pretrain"):
+        found = home / "control"
+    elif is_done(home / "pretrain") and is_clean(home):
+        found = home
+    elif not cfg.control_from:
+        return None
+    else:
+        raise UserError(f"control_from={cfg.control_from!r} must be a run folder with a finished "
+                        "control, or one of a finished run whose poison/summary.json counts no "
+                        "poisons")
+    if cfg.control_from:
+        made = of_groups(read_json(found / "pretrain" / "settings.json"), SHARED_GROUPS)
+        if differs := difference(made, settings_of(cfg, SHARED_GROUPS)):
+            raise UserError(f"control_from={cfg.control_from!r} was made otherwise than the "
+                            f"victim: {differs} (they may differ in seed and attack alone)")
+    return found
 
 
 @contextlib.contextmanager
@@ -169,4 +219,5 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
         raise UserError(f"{folder} is not a run folder: it has no config.json")
     found = tuples(read_json(folder / "config.json"))
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
+    found.setdefault("control_from", "")
     return ml_collections.ConfigDict(found).lock()

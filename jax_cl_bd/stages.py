@@ -1,16 +1,19 @@
 """Which stages a run has, what each needs, and when it is complete."""
 
 import errno
+import sys
 import textwrap
 
 import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import defend, evaluate, lookup, poison, pretrain, report, run_folder
+from jax_cl_bd import checkpoint, defend, evaluate, lookup, poison, pretrain, report, run_folder
 from jax_cl_bd.data import sources, texts
+from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import table
+from jax_cl_bd.train import NonFinite
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
           "evaluate": run_folder.EVALUATE_GROUPS, "defend": run_folder.DEFEND_GROUPS,
@@ -22,13 +25,17 @@ DEPENDENTS = {"poison": ("report", "defend", "evaluate", "pretrain"),
 # What each stage leaves in the run folder, besides the folder of its own name.
 LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
           "evaluate": ("results.json",), "defend": ("defenses",)}
+GOES_ON = "the same command goes on where it stopped"
+# Errors after which the same command would fail again; what to do is in their message.
+SAYS_ITSELF = (CorruptRow, NonFinite, FloatingPointError)
 VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train")
 
 
 def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """With --config.victim, takes what made that victim from its own config.
 
-    What changes no result, such as data_dir or log_every, stays as it is given now.
+    What changes no result, such as workers or log_every, stays as it is given now; so does
+    data_dir, unless it is empty.
     """
     if not cfg.victim:
         return cfg
@@ -39,7 +46,8 @@ def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                                           for group in VICTIMS_OWN})
     for name in run_folder.NEVER_HASHED:
         group, _, key = name.partition(".")
-        merged[group][key] = cfg[group][key] or merged[group][key]
+        if cfg[group][key] or name != "data.data_dir":
+            merged[group][key] = cfg[group][key]
     return merged.lock()
 
 
@@ -54,15 +62,20 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
                         "any number of devices, is supported")
     if cfg.seed < 0:
         raise UserError(f"seed={cfg.seed} must not be negative")
-    train, test = (sources.load(cfg.data, split) for split in ("train", "test"))
-    texts.check(cfg, train)
-    poison.check(cfg, sources.table(train), train.classes)
-    if tuple(train.classes) != tuple(test.classes):
-        raise UserError(f"the train split has {len(train.classes)} classes, the test split "
-                        f"{len(test.classes)}; probes need the same in both")
+    if set(chosen) <= {"report"}:
+        return  # it reads no data
+    train = sources.load(cfg.data, "train")
+    if {"poison", "pretrain"} & set(chosen):
+        texts.check(cfg, train)
+    if "poison" in chosen:
+        poison.check(cfg, sources.table(train), train.classes)
     if "pretrain" in chosen:
         pretrain.check(cfg, len(train))
     if {"pretrain", "evaluate", "defend"} & set(chosen):  # all of them measure
+        test = sources.load(cfg.data, "test")
+        if tuple(train.classes) != tuple(test.classes):
+            raise UserError(f"the train split has {len(train.classes)} classes, the test split "
+                            f"{len(test.classes)}; probes need the same in both")
         evaluate.check(cfg)
     if "defend" in chosen:
         defend.check(cfg, len(train))
@@ -74,11 +87,13 @@ def place_of(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> 
 
 
 def is_done(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> bool:
-    """Says whether a stage is complete; pretrain also needs the control if one is asked for."""
+    """Says whether a stage is complete; pretrain also needs the control if one is asked for and
+    anything is poisoned."""
     if stage == "defend" and cfg.defense.name == "none":
         return True
     done = run_folder.is_done(place_of(cfg, folder, stage))
-    if stage == "pretrain" and cfg.control and not cfg.control_from:
+    if (stage == "pretrain" and cfg.control and not cfg.control_from
+            and not run_folder.is_clean(folder)):
         done = done and run_folder.is_done(folder / "control" / "pretrain")
     return done
 
@@ -113,19 +128,27 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -> None:
+def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
+        force: str | None = None) -> None:
     """Runs what is not complete, in order; what depends on it is then made anew.
 
+    `force`: one of the chosen stages, dropped first, once nothing speaks against the run.
+
     Raises:
-        UserError: the folder was begun with other settings, or a predecessor is not complete.
+        UserError: the folder was begun with other settings or other data, or a predecessor is not
+            complete.
     """
     victim = epath.Path(cfg.victim) if cfg.victim else folder
-    made_here = [stage for stage in ("poison", "pretrain") if not cfg.victim]
+    redone = (force, *DEPENDENTS[force]) if force else ()
     settings = {stage: run_folder.settings_of(cfg, GROUPS[stage]) for stage in GROUPS}
     settings["poison"] = run_folder.settings_of(cfg, _poison_groups(cfg))
-    for stage in GROUPS:  # what a stage reads must fit too, not only what it makes
-        if stage in made_here or (stage in chosen and stage in ("evaluate", "defend")):
-            run_folder.check_settings(place_of(cfg, folder, stage), settings[stage])
+    _check_settings(cfg, folder, chosen, redone, settings)
+    if not cfg.victim:
+        _unmark_damaged(cfg, folder, {"pretrain"} & set(chosen)
+                        | _to_do(cfg, folder, chosen, redone))
+    _check_order(cfg, folder, victim, chosen, redone)
+    if force:
+        drop(cfg, folder, force)
     run_folder.write_config(folder, cfg)
     for stage in GROUPS:
         if stage not in chosen or (stage in ("poison", "pretrain") and cfg.victim):
@@ -133,8 +156,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -
         if is_done(cfg, folder, stage):
             print(f"{stage}: complete", flush=True)
             continue
-        _require(victim, stage)
         undo(folder, stage)
+        if stage == "evaluate":
+            _forget_other_measurements(folder, settings["evaluate"])
         place = place_of(cfg, folder, stage)
         if stage != "report":
             run_folder.begin(place, settings[stage])
@@ -145,6 +169,78 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str]) -
         if stage != "pretrain":  # which marks victim and control by itself
             run_folder.finish(place, settings[stage])
     _print_results(folder)
+
+
+def _to_do(cfg, folder, chosen, redone) -> set[str]:
+    """The chosen stages that are not complete, or will not be once what is redone is dropped."""
+    return {stage for stage in chosen if stage in redone or not is_done(cfg, folder, stage)}
+
+
+def _check_settings(cfg, folder, chosen, redone, settings) -> None:
+    """Refuses a folder whose stages, those to be redone left out, were made with other settings:
+    all that are complete, and those that are chosen."""
+    measured_anew = "evaluate" in _to_do(cfg, folder, chosen, redone)
+    for stage in ("poison", "pretrain", "evaluate", "defend"):
+        of_victim = stage in ("poison", "pretrain")
+        if stage in redone or (of_victim and cfg.victim):
+            continue
+        place = place_of(cfg, folder, stage)
+        if of_victim or stage in chosen or run_folder.is_done(place):
+            remeasured = stage == "defend" and measured_anew
+            run_folder.check_settings(place, settings[stage],
+                                      but=run_folder.MEASURE_GROUPS if remeasured else ())
+
+
+def _check_order(cfg, folder, victim, chosen, redone) -> None:
+    """Refuses a stage whose predecessor is neither complete nor to be run, or whose data are not
+    those that were poisoned."""
+    needs = {"pretrain": "poison", "evaluate": "pretrain", "defend": "pretrain"}
+    data_checked = "poison" in redone
+    for stage in GROUPS:
+        if (stage not in needs or (stage == "pretrain" and cfg.victim)
+                or stage not in _to_do(cfg, folder, chosen, redone)):
+            continue
+        before = needs[stage]
+        complete = run_folder.is_done(victim / before) if cfg.victim else is_done(
+            cfg, folder, before) and before not in redone
+        if not complete and (cfg.victim or before not in chosen):
+            raise UserError(f"{stage} needs the {before} stage of {victim}, which is not complete; "
+                            f"run it first (add {before} to --stages)")
+        if not data_checked and run_folder.is_done(victim / "poison"):
+            poison.check_data(cfg, victim)
+            data_checked = True
+
+
+def _unmark_damaged(cfg, folder, stages: set[str]) -> None:
+    """Takes the mark from a training whose last checkpoint is not what was saved, where one of
+    `stages` reads it: it then goes on from the one before, to the same weights."""
+    if not stages & {"pretrain", "evaluate", "defend"}:
+        return
+    for place in (folder, folder / "control") if cfg.control else (folder,):
+        step = run_folder.last_step(place)
+        wrong = step is not None and checkpoint.fault(place / "checkpoints", step)
+        if wrong:
+            print(f"{place}: the last checkpoint, of step {step}, is damaged ({wrong}); its "
+                  "training is no longer complete", file=sys.stderr)
+            (place / "pretrain" / "done.json").unlink()
+
+
+def _forget_other_measurements(folder: epath.Path, settings: dict) -> None:
+    """Unmarks the defenses that were measured otherwise than is asked for now, and leaves in
+    results.json the others alone. Their checkpoints stay, so that they are only measured anew."""
+    measure = run_folder.of_groups(settings, run_folder.MEASURE_GROUPS)
+    for mark in folder.glob("defenses/*/settings.json"):
+        place, old = mark.parent, run_folder.read_json(mark)
+        before = run_folder.of_groups(old, run_folder.MEASURE_GROUPS)
+        if not run_folder.difference(before, measure):
+            continue
+        (place / "done.json").unlink(missing_ok=True)
+        if before.get("control_from", "") != measure["control_from"]:
+            _remove(place / "control")  # another encoder's
+        run_folder.write_json(mark, {k: v for k, v in old.items() if k not in before} | measure)
+    if (folder / "results.json").exists():
+        run_folder.write_json(folder / "results.json",
+                              {"defenses": run_folder.kept_defenses(folder)})
 
 
 def _poison_groups(cfg) -> tuple[str, ...]:
@@ -163,19 +259,11 @@ def _print_results(folder: epath.Path) -> None:
         print(f"report: {page}", flush=True)
 
 
-def _require(victim: epath.Path, stage: str) -> None:
-    """Refuses a stage whose predecessor is not complete."""
-    needs = {"pretrain": "poison", "evaluate": "pretrain", "defend": "pretrain"}
-    before = needs.get(stage)
-    if before and not run_folder.is_done(victim / before):
-        raise UserError(f"{stage} needs the {before} stage of {victim}, which is not complete; "
-                        f"run it first (add {before} to --stages)")
-
-
 def explain(error: Exception) -> str:
     """One line for what broke while running, with the way on."""
-    way = "the same command goes on from the last checkpoint"
     text = textwrap.shorten(str(error), 400)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return f"the disk is full ({text}); free some space, then {way}"
-    return text if "same command" in text else f"{text}; {way}"
+        return f"the disk is full ({text}); free some space, then {GOES_ON}"
+    if isinstance(error, SAYS_ITSELF):
+        return text
+    return f"{text}; what is finished is kept: once that is mended, {GOES_ON}"

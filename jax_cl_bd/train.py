@@ -9,6 +9,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -28,7 +29,7 @@ class TrainState:
 
 
 class NonFinite(RuntimeError):
-    """The loss stopped being a number."""
+    """The loss or the state stopped being a number."""
 
 
 class Interrupted(SystemExit):
@@ -72,7 +73,8 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         The state after `steps` steps, saved.
 
     Raises:
-        NonFinite: the loss of a step is not finite; the step is named.
+        NonFinite: the loss of a step is not finite, or the state that was to be saved; the step is
+            named.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     dispatch = cfg_train.steps_per_dispatch
@@ -86,6 +88,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
             if start < steps:
                 print(f"{label}: going on from step {start}", flush=True)
         start = start or 0
+        if evaluate is not None and _left_out(folder, start, steps, cfg_train.eval_every):
+            with contextlib.closing(metrics.Writer(folder, start)) as writer:
+                writer.write(start, evaluate(state))
         if start >= steps:
             return state
         run = compile_step(step_fn, shardings, dispatch)
@@ -113,9 +118,13 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 if due["log"]:
                     rate = (step - since[0]) / (time.monotonic() - since[1])
                     writer.write(step, last | {"images_per_second": rate * cfg_train.batch_size})
-                if evaluate is not None and due["eval"] and cfg_train.eval_every:
+                if (evaluate is not None and due["eval"] and cfg_train.eval_every
+                        and not interrupted):  # who sent a signal may not wait that long
                     writer.write(step, evaluate(state))
                 if due["save"] or interrupted:
+                    if not jax.device_get(_finite(state)):
+                        raise NonFinite(_no_number(label, f"the state after step {step} is not "
+                                                   "finite", folder, saved))
                     checkpoint.save(manager, step, state)
                     saved = step
                 if due["log"]:  # rates leave out what was measured and saved
@@ -144,11 +153,32 @@ def _read(unread: list, label: str, folder: epath.Path, saved: int) -> dict[str,
         losses = np.atleast_1d(values["loss"])
         if not np.isfinite(losses).all():
             bad = step - losses.size + 1 + int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise NonFinite(
-                f"{label}: the loss of step {bad} is {losses[~np.isfinite(losses)][0]}; the last "
-                f"checkpoint in {folder / 'checkpoints'} is that of step {saved}. Lower optim.lr "
-                "or add optim.warmup_steps in a new --workdir; the same command would repeat it")
+            what = f"the loss of step {bad} is {losses[~np.isfinite(losses)][0]}"
+            raise NonFinite(_no_number(label, what, folder, saved))
     return {f"train/{k}": float(np.atleast_1d(v)[-1]) for k, v in fetched[-1].items()}
+
+
+def _no_number(label: str, what: str, folder: epath.Path, saved: int) -> str:
+    return (f"{label}: {what}; the last checkpoint in {folder / 'checkpoints'} is that of step "
+            f"{saved}. Lower optim.lr or add optim.warmup_steps in a new --workdir; the same "
+            "command would repeat it")
+
+
+@jax.jit
+def _finite(state: TrainState) -> jax.Array:
+    """Whether weights, statistics and optimiser state are numbers: the loss of a step was computed
+    before its update, so it cannot say."""
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in leaves
+                              if jnp.issubdtype(x.dtype, jnp.inexact)]))
+
+
+def _left_out(folder: epath.Path, step: int, steps: int, every: int) -> bool:
+    """Whether a signal kept the evaluation that was due at a saved step from being made."""
+    if not every or not step or (step % every and step != steps):
+        return False
+    lines = metrics.read_lines(folder / "metrics.jsonl")
+    return not any(line["step"] == step and "train/loss" not in line for line in lines)
 
 
 @contextlib.contextmanager

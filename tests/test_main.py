@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jax_cl_bd import run_folder, stages
+from jax_cl_bd import poison, run_folder, stages
+from jax_cl_bd.data import sources
+from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.train import NonFinite
 
 ROOT = Path(__file__).parents[1]
 BASE = ["--config=configs/quickstart.py:debug,defense=none"]
@@ -72,6 +75,7 @@ def quickstart(**changes):
     ({"attack.target": -1}, "target"),
     ({"attack.poisons": -3}, "poisons"),
     ({"train.batch_size": 12}, "8 devices"),
+    ({"evals.probes": ("alignment",)}, "unknown eval"),
     ({"evals.probes": ("linear_prob",)}, "did you mean 'linear_probe'"),
     ({"defense.name": "distil"}, "did you mean 'distill'"),
     ({"defense.clean_fraction": 0.0}, "clean_fraction"),
@@ -186,11 +190,195 @@ def test_force_needs_its_stage(tmp_path):
                                  "--stages=evaluate")
 
 
+def test_nothing_is_dropped_before_all_settings_are_checked(tmp_path):
+    folder = epath.Path(tmp_path)
+    stages.run(quickstart(), folder, ["poison"])
+    for place in ("pretrain", "evaluate"):
+        run_folder.begin(folder / place, run_folder.settings_of(quickstart(), stages.GROUPS[place]))
+        run_folder.finish(folder / place, {})
+    before = (folder / "config.json").read_text()
+    with pytest.raises(UserError, match="optim.lr"):
+        stages.run(quickstart(**{"optim.lr": 9.0}), folder, ["evaluate"], "evaluate")
+    assert (folder / "evaluate" / "done.json").exists()
+    (folder / "pretrain" / "done.json").unlink()
+    with pytest.raises(UserError, match="evaluate needs the pretrain stage"):
+        stages.run(quickstart(), folder, ["evaluate"], "evaluate")
+    assert (folder / "evaluate" / "done.json").exists()
+    assert (folder / "config.json").read_text() == before
+
+
+def measured(folder, cfg, *defenses):
+    """A folder whose stages are all marked complete, but nothing was made."""
+    for stage in ("poison", "pretrain", "evaluate"):
+        run_folder.begin(folder / stage, run_folder.settings_of(cfg, stages.GROUPS[stage]))
+        run_folder.finish(folder / stage, {})
+    run_folder.finish(folder / "control" / "pretrain", {})
+    run_folder.write_json(folder / "poison" / "summary.json", {"poisons": 8})
+    for name in defenses:
+        place = folder / "defenses" / name
+        run_folder.begin(place, run_folder.settings_of(cfg, stages.GROUPS["defend"]))
+        run_folder.finish(place, {})
+        for kept in (place / "checkpoints", place / "control" / "checkpoints"):
+            kept.mkdir(parents=True)
+    run_folder.write_json(folder / "results.json",
+                          {"victim": {}, "defenses": {name: {} for name in defenses}})
+    run_folder.write_config(folder, cfg)
+
+
+def test_settings_of_complete_stages_are_checked_whatever_is_chosen(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    monkeypatch.setattr(stages.report, "run", lambda cfg, folder: None)
+    measured(folder, quickstart(), "distill")
+    for changes in ({"evals.fraction": 0.5}, {"defense.steps": 7}):
+        for chosen in ("report", "defend"):
+            with pytest.raises(UserError, match=f"{[*changes][0]}: .* now"):
+                stages.run(quickstart(**changes), folder, [chosen])
+    assert run_folder.read_config(folder).evals.fraction == 1.0
+    from configs import quickstart as experiment
+
+    stages.run(experiment.get_config("debug,defense=retrain"), folder, ["report"])
+    assert run_folder.read_config(folder).defense.name == "retrain"
+
+
+def test_defenses_that_were_measured_otherwise_are_measured_anew(tmp_path, monkeypatch):
+    def evaluated(cfg, folder, victim):
+        run_folder.write_json(folder / "results.json",
+                              {"victim": {}, "defenses": run_folder.kept_defenses(folder)})
+
+    def defended(cfg, folder, victim):
+        assert (folder / "defenses" / "distill" / "checkpoints").exists()
+
+    folder = epath.Path(tmp_path)
+    monkeypatch.setattr(stages.evaluate, "run", evaluated)
+    monkeypatch.setattr(stages.defend, "run", defended)
+    measured(folder, quickstart(), "distill", "retrain")
+    stages.run(quickstart(), folder, ["evaluate"], "evaluate")  # the same once more
+    assert set(run_folder.read_json(folder / "results.json")["defenses"]) == {"distill", "retrain"}
+    other = quickstart(**{"evals.fraction": 0.5})
+    stages.run(other, folder, ["evaluate"], "evaluate")
+    assert not run_folder.read_json(folder / "results.json")["defenses"]
+    for name in ("distill", "retrain"):
+        assert not (folder / "defenses" / name / "done.json").exists()
+        assert (folder / "defenses" / name / "control" / "checkpoints").exists()
+    stages.run(other, folder, ["defend"])
+    assert (folder / "defenses" / "distill" / "done.json").exists()
+    with pytest.raises(UserError, match="evals.fraction"):
+        stages.run(quickstart(), folder, ["defend"])
+
+
+def test_other_data_are_noticed(tmp_path):
+    from PIL import Image
+
+    folder, data = epath.Path(tmp_path / "run"), tmp_path / "data"
+    for split, count in (("train", 30), ("test", 4)):
+        for name in ("a", "b"):
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(data / split / name / f"{i:02d}.png")
+
+    def cfg():
+        return quickstart(**{"data.name": f"folder:{data}", "attack.target": 1, "attack.poisons": 4,
+                             "attack.references": 4, "data.limit": 0})
+
+    stages.run(cfg(), folder, ["poison"])
+    recorded = run_folder.read_json(folder / "poison" / "summary.json")["data"]
+    assert recorded["rows"] == 60 and len(recorded["sha256"]) == 64
+    (data / "train" / "a" / "00.png").rename(data / "train" / "a" / "x.png")
+    sources._open.cache_clear()  # as another process would
+    with pytest.raises(UserError, match="sha256: '.* there, '.* now"):
+        stages.run(cfg(), folder, ["pretrain"])
+    (data / "train" / "a" / "x.png").unlink()
+    sources._open.cache_clear()
+    with pytest.raises(UserError, match="rows: 60 there, 59 now"):
+        stages.run(cfg(), folder, ["pretrain"])
+    for place in (folder, folder / "control"):
+        run_folder.finish(place / "pretrain", {})
+    for stage in ("evaluate", "defend"):
+        with pytest.raises(UserError, match="rows: 60 there"):
+            stages.run(cfg(), folder, [stage])
+    summary = run_folder.read_json(folder / "poison" / "summary.json")
+    del summary["data"]  # an older run
+    run_folder.write_json(folder / "poison" / "summary.json", summary)
+    poison.check_data(cfg(), folder)
+
+
+def test_a_report_reads_no_data():
+    stages.check(quickstart(**{"data.name": "folder:/no/such/place"}), ["report"])
+
+
+@pytest.mark.parametrize("error, ends", [
+    (OSError("no route"), "the same command goes on where it stopped"),
+    (CorruptRow(3, "a.png", "cut short"), "in a new --workdir to leave such rows out"),
+    (NonFinite("lower optim.lr"), "lower optim.lr")])
+def test_the_way_on_is_the_errors_own(error, ends):
+    assert stages.explain(error).endswith(ends)
+
+
+@pytest.mark.slow
+def test_a_damaged_last_checkpoint_is_trained_again(tmp_path, capsys):
+    folder = epath.Path(tmp_path / "run")
+    cfg = quickstart(**{"defense.name": "none", "mesh.data": 1})
+    stages.run(cfg, folder, ["poison", "pretrain", "evaluate"])
+    results = run_folder.read_json(folder / "results.json")
+    assert results["run"]["steps"] == {"victim": 2, "control": 2, "untrained": 0}
+    assert results["run"]["control"] == {"folder": "run/control", "seed": 0}
+    weights = weights_of(folder)
+    (folder / "checkpoints" / "2" / "digests.json").unlink()
+    with pytest.raises(UserError, match="to step 2.*of step 1.*--stages=pretrain"):
+        weights_of(folder)
+    cfg.evals.fraction = 0.5
+    with pytest.raises(UserError, match="evaluate needs the pretrain stage"):
+        stages.run(cfg, folder, ["evaluate"], "evaluate")
+    assert "damaged" in capsys.readouterr().err
+    weights_of(folder)
+    assert "not complete; this is its encoder of step 1" in capsys.readouterr().err
+    cfg.evals.fraction = 1.0
+    stages.run(cfg, folder, ["pretrain", "evaluate"])
+    for before, after in zip(weights, weights_of(folder)):
+        np.testing.assert_array_equal(before, after)
+    assert run_folder.read_json(folder / "results.json")["victim"] == results["victim"]
+
+
+@pytest.mark.slow
+def test_without_poisons_the_victim_is_its_own_control(tmp_path):
+    from configs import quickstart as experiment
+
+    folder = epath.Path(tmp_path)
+    cfg = experiment.get_config("debug,attack=none")
+    cfg.mesh.data = 1
+    stages.run(cfg, folder, ["poison", "pretrain", "evaluate", "defend", "report"])
+    assert not (folder / "control").exists()
+    results = run_folder.read_json(folder / "results.json")
+    for rows in (results, {"victim": results["defenses"]["distill"],
+                           "control": results["defenses"]["distill"]["control"]}):
+        victim, control = (rows[label]["linear_probe"] for label in ("victim", "control"))
+        assert victim["excess"] <= 0
+        assert victim["attack_success_rate"] == control["attack_success_rate"]
+    assert results["run"]["steps"] == {"victim": 2, "control": 2, "untrained": 0}
+
+
+def test_sigterm_outside_training_says_how_to_go_on(tmp_path):
+    code = ("import signal, sys, os, runpy, types; "
+            "kill = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
+            "sys.modules['jax_cl_bd.stages'] = types.SimpleNamespace("
+            "with_victim=lambda cfg: cfg, check=lambda *_: None, run=kill); "
+            f"sys.argv = ['jax_cl_bd', {BASE[0]!r}, '--workdir={tmp_path}', '--stages=report']; "
+            "runpy.run_module('jax_cl_bd', run_name='__main__')")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                             timeout=120)
+    assert process.returncode == 143, process.stderr
+    assert process.stderr == "stopped by SIGTERM; the same command goes on where it stopped\n"
+
+
 def test_a_victim_brings_what_made_it_and_leaves_the_rest(tmp_path):
-    run_folder.write_config(epath.Path(tmp_path), quickstart(seed=5, **{"attack.poisons": 6}))
-    given = quickstart(victim=str(tmp_path), **{"data.workers": 2, "evals.knn_k": 3})
+    run_folder.write_config(epath.Path(tmp_path), quickstart(
+        seed=5, **{"attack.poisons": 6, "data.workers": 8, "data.data_dir": "there"}))
+    given = quickstart(victim=str(tmp_path), **{"data.workers": 0, "evals.knn_k": 3})
     cfg = stages.with_victim(given)
-    assert (cfg.seed, cfg.attack.poisons, cfg.data.workers, cfg.evals.knn_k) == (5, 6, 2, 3)
+    assert (cfg.seed, cfg.attack.poisons, cfg.data.workers, cfg.evals.knn_k) == (5, 6, 0, 3)
+    assert cfg.data.data_dir == "there"
+    given.data.data_dir = "here"
+    assert stages.with_victim(given).data.data_dir == "here"
 
 
 @pytest.mark.slow
@@ -294,7 +482,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
 def test_another_data_set_needs_a_class_of_the_targets_name(tmp_path):
     from PIL import Image
 
-    from jax_cl_bd import evaluate, poison
+    from jax_cl_bd import evaluate
 
     cfg = quickstart(**{"attack.target": 1})
     stages.run(cfg, epath.Path(tmp_path / "run"), ["poison"])

@@ -58,7 +58,7 @@ def encoder_rows(rng, accuracy, asr, target, control=None):
             for name in names}
     pull = asr * np.eye(8)[0]
     clean, near = rng.normal(size=(90, 8)), rng.normal(size=(20, 8)) + np.eye(8)[0]
-    rows["alignment"] = alignment.run(clean * (1.1 - asr) + 3 * pull, clean, near)
+    rows["alignment"] = alignment.measure(clean * (1.1 - asr) + 3 * pull, clean, near)
     return rows
 
 

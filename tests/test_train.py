@@ -114,6 +114,39 @@ def test_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_pat
     assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 5
 
 
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    def breaks(state, data, batch):
+        state, values = step_fn(state, data, batch)
+        bad = jnp.where(state.step == 8, jnp.nan, 1.0)
+        return state.replace(params=jax.tree.map(lambda w: w * bad, state.params)), values
+
+    with pytest.raises(NonFinite, match=r"state after step 8 is not finite.*that of step 6"):
+        run(tmp_path, 20, step=breaks, save_every=2)
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 6
+
+
+@pytest.mark.parametrize("at", [5, 10])
+def test_a_signal_is_obeyed_before_an_evaluation_that_is_made_up_for_later(tmp_path, at):
+    def evaluate(state):
+        return {"eval/step": float(state.step)}
+
+    def shot(state, data, batch):
+        jax.debug.callback(lambda s: s == at - 1 and os.kill(os.getpid(), signal.SIGTERM),
+                           state.step)
+        return step_fn(state, data, batch)
+
+    def evaluated():
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        return [line["eval/step"] for line in map(json.loads, lines) if "eval/step" in line]
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, 10, step=shot, evaluate=evaluate)
+    assert at not in evaluated()
+    for _ in range(2):
+        run(tmp_path, 10, evaluate=evaluate)
+        assert evaluated() == [5, 10]
+
+
 def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     whole = run(tmp_path / "whole", 20)
     shots = []

@@ -11,8 +11,8 @@ scale compare while alpha and |v_perp| stay two separate quantities.
 import numpy as np
 
 
-def run(features_triggered_nontarget: np.ndarray, features_clean_nontarget: np.ndarray,
-        features_clean_target: np.ndarray) -> dict[str, float]:
+def measure(features_triggered_nontarget: np.ndarray, features_clean_nontarget: np.ndarray,
+            features_clean_target: np.ndarray) -> dict[str, float]:
     """Measures alignment with the target class, triggered against clean.
 
     Args:
@@ -71,4 +71,4 @@ def of_encoder(encoder, data) -> dict[str, float]:
         return {}
     clean = data.features(encoder, "test")
     triggered = data.features(encoder, f"{data.placements[0]}/triggered")
-    return run(triggered[~target], clean[~target], clean[target])
+    return measure(triggered[~target], clean[~target], clean[target])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ class Encoder:
         mean, std: per-channel normalisation, of images in [0, 1].
         image_size: side of the square input, pixels.
         pair: the image-text model that it is half of, else None.
+        step: the training step of its weights, where it was read from a checkpoint.
+        watchers: called with the number of images of every batch that `image` encodes.
     """
 
     module: Any
@@ -47,6 +50,9 @@ class Encoder:
     mesh: jax.sharding.Mesh
     batch_size: int = BATCH_SIZE
     pair: Pair | None = None
+    step: int | None = None
+    watchers: list[Callable[[int], None]] = dataclasses.field(
+        default_factory=list, repr=False, compare=False)
 
     @property
     def text(self) -> Callable[[list[str]], np.ndarray] | None:
@@ -76,6 +82,8 @@ class Encoder:
                 padded[:len(block)] = block
                 rows = parallel.put_rows(self.mesh, padded)
                 out.append((_features(self.module, self.variables, rows, mean, std), len(block)))
+                for watcher in self.watchers:
+                    watcher(len(block))
         return np.concatenate([np.asarray(z)[:n] for z, n in out])
 
 
@@ -113,8 +121,11 @@ def abstract_parts(cfg: ml_collections.ConfigDict) -> dict:
 def load(path, mesh=None) -> Encoder:
     """Opens the encoder of a run folder, of a defense's folder or of a hub folder.
 
+    A run that is not complete gives its newest good checkpoint, and a warning.
+
     Raises:
-        UserError: the folder has no config.json, or no good checkpoint, or no weights.
+        UserError: the folder has no config.json, or no good checkpoint, or no weights; or it is of
+            a complete run whose last checkpoint is damaged.
     """
     folder = epath.Path(path)
     if mesh is None:
@@ -125,11 +136,19 @@ def load(path, mesh=None) -> Encoder:
     step = checkpoint.newest_good_step(folder / "checkpoints")
     if step is None:
         raise UserError(f"{folder} holds no good checkpoint: run the pretrain stage first")
+    last = run_folder.last_step(folder)
+    if last is not None and step != last:
+        raise UserError(f"{folder} was trained to step {last}, but its newest good checkpoint is "
+                        f"that of step {step}: train the rest again with --stages=pretrain")
+    if run_folder.is_begun(folder):
+        print(f"warning: the training of {folder} is not complete; this is its encoder of step "
+              f"{step}", file=sys.stderr)
     sharding = parallel.replicated(mesh)
     item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                         abstract_parts(cfg))
     state = checkpoint.restore_part(folder / "checkpoints", step, item)
-    return of_parts(cfg, {name: state[name] for name in item}, mesh, _tokenizer(cfg, folder))
+    found = of_parts(cfg, {name: state[name] for name in item}, mesh, _tokenizer(cfg, folder))
+    return dataclasses.replace(found, step=step)
 
 
 def _tokenizer(cfg, folder):

@@ -1,9 +1,18 @@
 """Alignment figures against plain loops, and their limits."""
 
+import inspect
+
 import numpy as np
 import pytest
 
+from jax_cl_bd import lookup
 from jax_cl_bd.evals import alignment
+
+
+def test_whatever_can_be_named_as_a_probe_is_one():
+    for name in lookup.methods("evals", offers="run"):
+        probe = lookup.load("evals", name, offers="run")
+        assert list(inspect.signature(probe.run).parameters) == ["cfg", "encoder", "data"], name
 
 
 def _sets(seed=0, n=40, m=11, d=7):
@@ -13,7 +22,7 @@ def _sets(seed=0, n=40, m=11, d=7):
 
 def test_matches_loops():
     triggered, clean, target = _sets()
-    result = alignment.run(triggered, clean, target)
+    result = alignment.measure(triggered, clean, target)
     u = np.mean([t / np.sqrt(t @ t) for t in target], axis=0)
     u = u / np.sqrt(u @ u)
     scale = np.mean([np.sqrt(f @ f) for f in [*clean, *target]])
@@ -33,7 +42,7 @@ def test_matches_loops():
 
 def test_scale_of_the_features_does_not_matter():
     sets = _sets(1)
-    a, b = alignment.run(*sets), alignment.run(*(37.0 * s for s in sets))
+    a, b = alignment.measure(*sets), alignment.measure(*(37.0 * s for s in sets))
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-9)
 
@@ -42,7 +51,7 @@ def test_full_alignment_and_no_noise():
     _, clean, _ = _sets(2)
     u = np.zeros((5, 7))
     u[:, 3] = 4.0
-    result = alignment.run(np.tile(u[:1], (len(clean), 1)), clean, u)
+    result = alignment.measure(np.tile(u[:1], (len(clean), 1)), clean, u)
     np.testing.assert_allclose(result["reference_cosine"], 1, rtol=1e-12)
     assert result["noise_norm"] < 1e-12 and result["spread_ratio"] < 1e-12
     assert result["clean_noise_norm"] > 0.1
@@ -51,7 +60,7 @@ def test_full_alignment_and_no_noise():
 def test_empty_set_is_named():
     triggered, clean, target = _sets()
     with pytest.raises(ValueError, match="target class"):
-        alignment.run(triggered, clean, target[:0])
+        alignment.measure(triggered, clean, target[:0])
 
 
 def test_of_encoder_leaves_the_target_class_out_of_the_triggered():

@@ -41,7 +41,15 @@ def test_no_image_is_dropped_or_changed_by_its_batch(opened, count):
     np.testing.assert_allclose(got, whole[:count], rtol=1e-5, atol=1e-6)
 
 
-def test_run_folder_opens_from_the_public_face(opened, tmp_path):
+def test_watchers_see_every_image_once(opened):
+    seen = []
+    opened[2].watchers.append(seen.append)
+    opened[2].image(images(129))
+    opened[2].watchers.clear()
+    assert seen == [64, 64, 1]
+
+
+def test_run_folder_opens_from_the_public_face(opened, tmp_path, capsys):
     cfg, start, made = opened
     folder = epath.Path(tmp_path)
     run_folder.write_config(folder, cfg)
@@ -50,6 +58,14 @@ def test_run_folder_opens_from_the_public_face(opened, tmp_path):
                                      start["batch_stats"], "other": np.zeros(3)})
     found = jax_cl_bd.load_encoder(tmp_path)
     np.testing.assert_array_equal(found.image(images(4)), made.image(images(4)))
+    assert found.step == 3 and not capsys.readouterr().err
+    run_folder.begin(folder / "pretrain", {})
+    jax_cl_bd.load_encoder(tmp_path)
+    warning, = capsys.readouterr().err.splitlines()
+    assert "is not complete; this is its encoder of step 3" in warning
+    run_folder.finish(folder / "pretrain", {}, step=4)
+    with pytest.raises(UserError, match="trained to step 4.*of step 3: .*--stages=pretrain"):
+        jax_cl_bd.load_encoder(tmp_path)
 
 
 def test_hub_folder_opens_from_the_public_face(opened, tmp_path):
