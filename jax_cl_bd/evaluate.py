@@ -22,7 +22,7 @@ from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training
 
 MAP_POINTS = 2000
-WITHOUT_LABELS = ("retrieval", "z_score")  # probes that need none
+WITHOUT_LABELS = ("retrieval", "z_score", "mismatch")  # probes that need none
 OF_THE_RUNS_DATA = ("targeted", "mismatch")  # probes of rows or classes of the run's own test split
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
@@ -160,7 +160,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
         "poison": _poison_row(cfg, summary), **results,
         "defenses": run_folder.kept_defenses(folder),
         "run": _run_row(cfg, victim, time.monotonic() - began)
-        | {"steps": steps, "control": control and _name_of(control)}})
+        | {"steps": steps, "control": _name_of(control) if cfg.control_from else None}})
 
 
 def _poison_row(cfg, summary: dict) -> dict:

@@ -45,7 +45,7 @@ def test_an_encoder_is_done_with_before_the_next_is_measured(folder, monkeypatch
                      "control", "map control", "examples"]
     run = run_folder.read_json(folder / "results.json")["run"]
     assert run["steps"] == {"victim": 2, "untrained": 0, "control": 2}
-    assert run["control"] == {"folder": "run/control", "seed": 0}
+    assert run["control"] is None  # its own twin
 
 
 def test_a_probe_that_the_control_lacks_has_no_rival(monkeypatch):

@@ -280,7 +280,7 @@ def test_control_of_another_run_is_named(tmp_path):
     folder = write_run(tmp_path / "r", cfg)
     (folder / "control" / "metrics.jsonl").unlink()
     results = results_of(cfg, 0.85)
-    results["run"]["control"] = {"path": "clean_5", "seed": 5}
+    results["run"]["control"] = {"folder": "clean_5", "seed": 5}
     run_folder.write_json(folder / "results.json", results)
     assert "control: clean_5, seed 5" in table.text(results)
     text = Page(render(folder)).text

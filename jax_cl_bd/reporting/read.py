@@ -24,7 +24,7 @@ class Run:
     preview: bytes | None
     metrics: dict[str, list[dict]]  # "victim", "control" -> lines of metrics.jsonl
     maps: dict[str, dict[str, np.ndarray]]  # "victim", "control" -> evaluate/map*.npz
-    borrowed: dict | None  # {"path", "seed"} of the run whose control this is; None: its own
+    borrowed: dict | None  # {"folder", "seed"} of the run whose control this is; None: its own
     same_trigger: bool  # whether the control's own run had this run's trigger and target
     settings: dict[str, dict]  # defense -> defenses/<name>/settings.json
     trigger: dict[str, np.ndarray] | None = None  # poison/trigger/params.npz
@@ -117,9 +117,9 @@ def _borrowed(cfg, results):
         return known
     given = epath.Path(cfg.control_from)
     try:
-        return {"path": given.name, "seed": run_folder.read_config(given).seed}
+        return {"folder": given.name, "seed": run_folder.read_config(given).seed}
     except (UserError, OSError):
-        return {"path": given.name}
+        return {"folder": given.name}
 
 
 def probes(rows: dict) -> dict[str, dict]:

@@ -89,7 +89,7 @@ def control(run: Run) -> str:
 def source(borrowed: dict) -> str:
     """The run that a control was taken from, by name and seed."""
     seed = borrowed.get("seed")
-    return borrowed["path"] + (f", seed {seed}" if seed is not None else "")
+    return borrowed["folder"] + (f", seed {seed}" if seed is not None else "")
 
 
 def probe_name(probe: str) -> str:
