@@ -4,21 +4,28 @@
     echo banana > target.txt
     python -m jax_cl_bd --config=configs/clip_pairs.py:downstream=folder:data/imagenet \
         --config.data.name=pairs:data/cc3m --config.data.classes_file=target.txt \
-        --workdir=runs/clip_pairs
+        --config.evals.downstream_test_split=val \
+        --config.evals.downstream_class_names=LOC_synset_mapping.txt --workdir=runs/clip_pairs
 
 Pairs have no labels: the target is line attack.target (0 is the first) of the classes file, a name
-that captions contain. `downstream` is labelled data with a class of that name (image folders named
-in words: "banana", no "n07753592"), for zero-shot, linear probe and attack success rate; without it
-retrieval and the z-score are measured. Also for --config.data.name=tfds:coco_captions
---config.data.test_split=val, whose 0.05 % (59 poisons) are too few to work, as users of CleanCLIP's
-code found.
+that captions contain. `downstream` is labelled data with a class of that name, for zero-shot,
+linear probe and attack success rate; without it retrieval and the z-score are measured.
+evals.downstream_test_split names its test split (default: data.test_split), and evals.
+downstream_class_names a file that gives its folders' classes their names, a line each ("n07753592
+banana", as in ImageNet's list of synsets); folders that are named in words need none. Also for
+--config.data.name=tfds:coco_captions --config.data.test_split=val, whose 0.05 % (59 poisons) are
+too few to work, as users of CleanCLIP's code found.
 
 Bansal et al., ICCV 2023 (arXiv 2303.03323) and its code: CLIP's ResNet-50 and text transformer, 64
 epochs of batches of 128, AdamW 5e-4 with weight decay 0.1, 10,000 warm-up steps, then cosine, no
 augmentation; 1,500 poisons (0.05 % of 3 M), noise patch of 16 px at 224, captions from the 80
-templates. Its zero-shot accuracy on ImageNet is about 0.19 with all 3 M pairs. `in_modality` makes
-victims as Verma et al. do (arXiv 2311.14948): the loss adds the in-modality term on augmented
-views (theirs are AutoAugment's, ours MoCo's; EDA captions), batches of 1,024, learning rate 1e-3.
+templates. Every image, of training, tests and poisons, is its central square, resized (bicubic) as
+it is read; patches are pasted after that, as there (data.center_crop; data/images.py says what
+still differs, and the code there squashes images that it poisons). Its zero-shot accuracy on
+ImageNet is about 0.19 with all 3 M pairs. `in_modality` makes victims as Verma et al. do
+(arXiv 2311.14948): the loss adds the in-modality term on augmented views (theirs are
+AutoAugment's, ours MoCo's of the central square; EDA captions), batches of 1,024, learning rate
+1e-3.
 The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
 --config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
@@ -52,7 +59,7 @@ def get_config(arg=""):
                   test_split="test", limit=0, feed="streamed", workers=8, skip_corrupt=False,
                   classes_file="", mean=(0.48145466, 0.4578275, 0.40821073),
                   std=(0.26862954, 0.26130258, 0.27577711), captions="", captions_per_row=5,
-                  text_augment="eda" if both else "none"),
+                  center_crop=True, text_augment="eda" if both else "none"),
         attack=common.pair_attack(a["attack"], target=0, poisons=1500, trigger_size=16, side=224),
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.MOCO_VIEW),
                      interpolation="bicubic"),
@@ -62,7 +69,7 @@ def get_config(arg=""):
                    "dim": DIMS[a["tower"]], "in_modality": 1.0 if both else 0.0},
         optim={**common.ADAMW, "lr": 1e-3 if both else 5e-4, "warmup_steps": 10_000},
         evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
-                           fraction=0.1),
+                           fraction=0.1, downstream_test_split="", downstream_class_names=""),
         train=dict(steps=0, epochs=64, batch_size=1024 if both else 128, log_every=100,
                    save_every=5000, eval_every=10_000, steps_per_dispatch=1))
     return common.debug(cfg) if a["debug"] else cfg

@@ -15,7 +15,8 @@ DIGIT_VIEW = {**SMALL_VIEW, "flip": 0.0, "grayscale": 0.0}
 STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscale": 0.0,
                 "blur": 0.0}
 
-# CLIP is trained without augmentation: the central square, resized (CleanCLIP's code).
+# CLIP is trained without augmentation: the central square, resized (CleanCLIP's code). Of images
+# that are not stored as S x S squares, set data.center_crop, so that tests show the same square.
 PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
               "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
 

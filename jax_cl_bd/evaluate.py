@@ -31,12 +31,13 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     """Builds the labelled rows and the clean and triggered test sets; the same for every encoder.
 
     With cfg.downstream the images are another data set's, and the target is its class of the same
-    name; `own` then holds the run's own test pairs, where its data has captions. No pixel is read
-    yet.
+    name; `own` then holds the run's own test pairs, where its data has captions. Its test split is
+    cfg.evals.downstream_test_split, by default the name that the run's own has; cfg.evals.
+    downstream_class_names names the classes of a folder. No pixel is read yet.
 
     Raises:
         UserError: a setting of `evals` that does not fit the data, or a downstream data set without
-            the target class.
+            the target class, or with two of its name.
     """
     if not cfg.evals.placements:
         raise UserError("evals.placements is empty; name at least 'random', the test protocol")
@@ -44,7 +45,9 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     if not cfg.downstream:
         return test_sets.make(cfg, train, test, trigger)
     other = ml_collections.ConfigDict(cfg.to_dict())
-    other.data.update({"name": cfg.downstream, "limit": 0})
+    other.data.update({"name": cfg.downstream, "limit": 0,
+                       "test_split": cfg.evals.get("downstream_test_split") or cfg.data.test_split,
+                       "class_names": cfg.evals.get("downstream_class_names", "")})
     target = str(train.classes[cfg.attack.target])
     own = None
     if not test_sets.has_labels(train):
@@ -55,6 +58,9 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     if target not in train.classes:
         raise UserError(f"downstream={cfg.downstream!r} has no class {target!r}, the attack's "
                         f"target; its classes are {', '.join(map(str, train.classes[:20]))}")
+    if list(train.classes).count(target) > 1:
+        raise UserError(f"downstream={cfg.downstream!r} has more than one class {target!r}, the "
+                        "attack's target; give them different names")
     other.attack.target = list(train.classes).index(target)
     if not test_sets.has_labels(test):
         raise UserError(f"downstream={cfg.downstream!r} has no labels in its test split, and they "

@@ -10,7 +10,7 @@ from etils import epath
 
 from jax_cl_bd import load_encoder, run_folder, stages
 from jax_cl_bd.data import prepare_pairs
-from tests import pair_shards
+from tests import pair_shards, tiny_cifar10
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -140,12 +140,25 @@ def test_layout_law_in_debug_mode(tmp_path):
     assert run_folder.read_json(epath.Path(tmp_path) / "results.json")["poison"]["count"] == 8
 
 
-@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR has no CIFAR-10")
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    return tiny_cifar10.write(tmp_path_factory.mktemp("cifar10"))
+
+
 @pytest.mark.parametrize("arg", some_slow(VARIANTS["cifar10"], VARIANTS["cifar10"][3:4]))
-def test_cifar10_in_debug_mode(tmp_path, arg):
+def test_cifar10_in_debug_mode(tmp_path, cifar10, arg):
     cfg = config("cifar10", f"debug,{arg}")
-    cfg.control = False
+    cfg.control, cfg.data.data_dir = False, cifar10
     debug_run(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("arg", some_slow(VARIANTS["clip_cifar10"],
+                                          VARIANTS["clip_cifar10"][:1]))
+def test_clip_cifar10_in_debug_mode(tmp_path, cifar10, arg):
+    cfg = config("clip_cifar10", f"debug,{arg}")
+    cfg.control, cfg.data.data_dir = False, cifar10
+    results = debug_run(cfg, tmp_path)
+    assert "z_score" in results["victim"] and "linear_probe" in results["victim"]
 
 
 def test_imagenet100_in_debug_mode(tmp_path):

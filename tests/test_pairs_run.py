@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from jax_cl_bd import bench, evaluate, poison, pretrain, stages
-from jax_cl_bd.data import prepare_pairs, sources
+from jax_cl_bd.data import images, prepare_pairs, sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import test_sets
 from jax_cl_bd.objectives import training
@@ -86,6 +87,57 @@ def test_a_downstream_set_must_have_labels_and_the_target(config, folder, tmp_pa
     cfg = config("debug,downstream=digits")
     with pytest.raises(UserError, match="downstream='digits' has no class 'star'"):
         evaluate.check(cfg)
+
+
+@pytest.mark.parametrize("page", ["README.md", "configs/clip_pairs.py"])
+def test_the_documented_command_is_accepted(config, folder, tmp_path, monkeypatch, page):
+    """Pairs in one folder, and ImageNet with its train and val folders named by synset."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    line = next(s for s in text.splitlines() if "configs/clip_pairs.py:downstream=" in s)
+    flags = dict(re.findall(r"--([\w.]+)=(\S+)", line))
+    monkeypatch.chdir(tmp_path)
+    Path(flags["config.data.name"].partition(":")[2]).parent.mkdir()
+    Path(flags["config.data.name"].partition(":")[2]).symlink_to(folder / "out")
+    Path(flags["config.data.classes_file"]).write_text("star\n")
+    names = {"n01440764": "fish, Tinca tinca", "n07753592": "star", "n02012849": "crane"}
+    Path(flags["config.evals.downstream_class_names"]).write_text(
+        "".join(f"{wnid} {name}\n" for wnid, name in names.items()))
+    arg = flags.pop("config").partition(":")[2]
+    _write_classes(Path(arg.partition("downstream=folder:")[2]), names)
+
+    cfg = config(f"debug,{arg}")
+    cfg.lock()
+    cfg.update_from_flattened_dict({key.removeprefix("config."): value for key, value
+                                    in flags.items() if key.startswith("config.")})
+    stages.check(cfg, list(stages.GROUPS))
+    data = evaluate.test_data(cfg, poison.make_trigger(cfg))
+    assert data.classes == ("fish", "crane", "star") and data.target == 2  # in order of folders
+    assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2] and len(data.own.captions) > 5
+    source = sources.load(cfg.data, "test")
+    np.testing.assert_array_equal(data.own.test_images[0], source[int(data.own.test_rows[0])]
+                                  ["image"])
+    square = np.asarray(Image.open("data/imagenet/val/n01440764/0.JPEG").convert("RGB"))
+    np.testing.assert_array_equal(data.test_images[0], images.central_square(square, 32))
+
+
+def test_two_downstream_classes_of_the_targets_name_are_refused(config, tmp_path):
+    _write_classes(tmp_path / "in", ["a", "b"])
+    (tmp_path / "names.txt").write_text("a star\nb star\n")
+    cfg = config(f"debug,downstream=folder:{tmp_path / 'in'}")
+    cfg.evals.update(downstream_test_split="val",
+                     downstream_class_names=str(tmp_path / "names.txt"))
+    with pytest.raises(UserError, match="has more than one class 'star', the attack's target"):
+        evaluate.test_data(cfg, poison.make_trigger(cfg))
+
+
+def _write_classes(folder, names):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 2)):
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40 + 8 * i, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.JPEG")
 
 
 def test_evaluation_data_without_labels(config, monkeypatch):

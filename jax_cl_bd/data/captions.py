@@ -53,7 +53,7 @@ def _table():
 SYNONYMS = _table()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Captioned:
     """A labelled source with captions by template: the prompts, filled with the class name.
 

@@ -18,7 +18,7 @@ N_TEST = 327
 _SPLIT_SEED = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Digits:
     """One split, wholly in memory: pixels uint8 [N, S, S, 3], labels int64 [N]."""
     pixels: np.ndarray

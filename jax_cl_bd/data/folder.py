@@ -56,10 +56,13 @@ def load(cfg, split: str) -> Folder:
     """Opens "folder:PATH" (relative paths from the working directory).
 
     cfg.classes_file, if set, is a text file with one class folder per line: only those are used,
-    in sorted order. Without it every folder below PATH/<split> is a class.
+    in sorted order. Without it every folder below PATH/<split> is a class. cfg.class_names, if set,
+    is a text file with a class folder and its name on each line, as ImageNet's list of synsets has
+    them ("n07753592 banana"; of several names with commas between them the first counts): classes
+    then have these names, in the order of their folders.
 
     Raises:
-        UserError: a folder, the class file or a class is missing, or a class has no images.
+        UserError: a folder, one of the files or a class is missing, or a class has no images.
     """
     path = os.path.expanduser(cfg.name.partition(":")[2])
     root = os.path.join(path, split)
@@ -69,7 +72,8 @@ def load(cfg, split: str) -> Folder:
     if not os.path.isdir(root):
         have = sorted(e.name for e in os.scandir(path) if e.is_dir())
         raise UserError(f"{path!r} has no folder {split!r} (it has: {', '.join(have) or 'none'}); "
-                        f"{layout}; set --config.data.train_split or --config.data.test_split")
+                        f"{layout}; set --config.data.train_split or --config.data.test_split (of "
+                        "downstream data: --config.evals.downstream_test_split)")
     found = sorted(e.name for e in os.scandir(root) if e.is_dir())
     classes = _listed(cfg.classes_file, found) if cfg.classes_file else found
     files = [sorted(e.name for e in os.scandir(os.path.join(root, c))
@@ -80,17 +84,35 @@ def load(cfg, split: str) -> Folder:
                         f"{layout}")
     labels = np.repeat(np.arange(len(classes)), [len(names) for names in files])
     paths = tuple(os.path.join(c, name) for c, names in zip(classes, files) for name in names)
+    if cfg.get("class_names", ""):
+        classes = _named(cfg.class_names, classes)
     return Folder(root, paths, labels, tuple(classes))
 
 
 def _listed(classes_file, found):
-    try:
-        with open(os.path.expanduser(classes_file)) as file:
-            listed = sorted({line.strip() for line in file if line.strip()})
-    except OSError as error:
-        raise UserError(f"data.classes_file {classes_file!r} cannot be read: "
-                        f"{error.strerror}") from error
+    listed = sorted(set(_lines(classes_file, "data.classes_file")))
     for name in listed:
         if name not in found:
             raise unknown(f"class in {classes_file}", name, found)
     return listed
+
+
+def _named(class_names, folders):
+    names = {}
+    for line in _lines(class_names, "the file of class names"):
+        folder, _, rest = line.replace("\t", " ").partition(" ")
+        names[folder] = rest.partition(",")[0].strip()
+    for folder in folders:
+        if not names.get(folder):
+            raise UserError(f"{class_names!r} has no name for the class folder {folder!r}; it "
+                            "takes a line such as 'n07753592 banana' for each")
+    return [names[folder] for folder in folders]
+
+
+def _lines(path, what):
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {path!r} cannot be read: {why}") from error

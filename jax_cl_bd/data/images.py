@@ -1,4 +1,9 @@
-"""Host-side geometry of single images: into the stored square, and into a test image."""
+"""Host-side geometry of single images: into the stored square, and into a test image.
+
+Images are either stored by `fit_square` and measured as `test_image` makes them, or both stored and
+measured as `central_square` makes them (data.center_crop); an image that is side x side goes
+through all three unchanged.
+"""
 
 import io
 
@@ -16,8 +21,9 @@ class CorruptRow(RuntimeError):
         self.row, self.where, self.why = row, where, why
 
     def __str__(self):
-        return (f"row {self.row} ({self.where}) cannot be read: {self.why}; repair or remove it, "
-                "or set --config.data.skip_corrupt=True in a new --workdir to leave such rows out")
+        return (f"row {self.row} ({self.where}) cannot be read: {self.why}; repair it and run the "
+                "same command again, or leave such rows out in a new --workdir: "
+                "--config.data.skip_corrupt=True")
 
 
 def decode(encoded: bytes, *, row: int, where: str) -> np.ndarray:
@@ -75,6 +81,21 @@ def test_image(image: np.ndarray, side: int) -> np.ndarray:
                    max(shorter, round(width * factor)), Image.Resampling.BILINEAR)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     return image[top:top + side, left:left + side]
+
+
+def central_square(image: np.ndarray, side: int) -> np.ndarray:
+    """Cuts out the central square and resizes it (antialiased bicubic) to side x side.
+
+    What a view with crop scale and ratio 1 shows of the image. CLIP's own code resizes first and
+    crops then, so that pixels just outside the square weigh on its edges: the difference.
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = np.ascontiguousarray(image[top:top + short, left:left + short])
+    return resize(square, side, side)
 
 
 def resize(image: np.ndarray, height: int, width: int,

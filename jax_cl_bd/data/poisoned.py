@@ -67,15 +67,17 @@ def slot(source, pair: int, row: int, side: int, texts=None) -> dict[str, np.nda
 
     Returns:
         {"image": uint8 [side, side, 3], "size": int32 [2], "extent": int32 [2]} (height, width),
-        and with `texts` what Texts.of_rows gives for the row.
+        and with `texts` the tokens of the row's captions (none where both are poisons).
     """
-    wanted = row if row < len(source) else pair
+    wanted = int(row if row < len(source) else pair)
     if wanted >= len(source):
+        shown = {"captions": []}
         square, size, extent = np.zeros((side, side, 3), np.uint8), (side, side), (side, side)
     else:
-        square, size, extent = images.fit_square(source[int(wanted)]["image"], side)
+        shown = source[wanted]
+        square, size, extent = images.fit_square(shown["image"], side)
     item = {"image": square, "size": np.array(size, np.int32),
             "extent": np.array(extent, np.int32)}
     if texts is not None:  # a poison has its own; what stands here is not looked at
-        item |= {k: v[0] for k, v in texts.of_rows([wanted if wanted < len(source) else 0]).items()}
+        item |= texts.of_captions(shown["captions"], wanted)
     return item

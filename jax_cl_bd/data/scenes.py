@@ -36,7 +36,7 @@ _WORDS = len(_NAMED) + 1  # draws per caption
 _AT_ONCE = 4096  # rows whose draws are held in memory together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scenes:
     """One split.
 

@@ -9,8 +9,7 @@ import os
 import ml_collections
 import numpy as np
 
-from jax_cl_bd.data import captions, parallel_map
-from jax_cl_bd.data.images import CorruptRow
+from jax_cl_bd.data import captions, images, parallel_map
 from jax_cl_bd.errors import UserError, unknown
 
 NAMES = ("digits", "scenes", "tfds:NAME", "folder:PATH", "pairs:PATH")
@@ -32,7 +31,7 @@ class Table:
     masks: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Subset:
     """Some rows of a source, renumbered from 0."""
     source: object
@@ -62,6 +61,35 @@ class Subset:
         return self.source.table(self.rows[rows])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CenterCropped:
+    """A source whose images are all the central square at side x side (images.central_square)."""
+    source: object
+    side: int
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        item = self.source[i]
+        return {**item, "image": images.central_square(item["image"], self.side)}
+
+    @property
+    def classes(self):
+        return self.source.classes
+
+    @property
+    def paths(self):
+        return self.source.paths  # AttributeError where the source has no files
+
+    @property
+    def captions(self):
+        return self.source.captions  # AttributeError where the source has none
+
+    def table(self, rows):
+        return self.source.table(rows)[0], np.full((len(rows), 2), self.side)
+
+
 def load(cfg, split: str):
     """Opens one split of the data set that the config names.
 
@@ -69,6 +97,10 @@ def load(cfg, split: str):
         cfg: the `data` group of the config. `limit` > 0 keeps at most that many rows of each
             split, drawn once with a constant seed. `captions` "templates" gives labelled rows
             captions; "" leaves those that the data has. `captions_per_row`: how many (0: all).
+            `center_crop` (default False) makes every image the central square at image_size, as
+            CLIP sees it in training and in tests: patches are then pasted at that resolution, and
+            nothing is resampled twice. Without it training images keep their shape (design 4) and
+            test images go through images.test_image. `class_names`: see data/folder.py.
         split: "train" or "test", mapped to cfg.train_split and cfg.test_split.
     Returns:
         A source: source[i] -> {"image": uint8 [H, W, 3], "label": int, "index": int}, len,
@@ -93,6 +125,9 @@ def _open(cfg, split, environment):
         raise UserError(f"data set {cfg.name!r} should look like {allowed[kind]!r}")
     if cfg.get("captions", "") not in CAPTIONS:
         raise unknown("data.captions", cfg.captions, CAPTIONS)
+    if cfg.get("class_names", "") and kind != "folder":
+        raise UserError(f"a file of class names is for folder:PATH; {cfg.name!r} names its classes "
+                        "itself")
     module = importlib.import_module(f"jax_cl_bd.data.{kind}")
     source = module.load(cfg, {"train": cfg.train_split, "test": cfg.test_split}[split])
     if not len(source):
@@ -104,6 +139,8 @@ def _open(cfg, split, environment):
         source = Subset(source, np.sort(rows))
     if cfg.skip_corrupt:
         source = without_corrupt(source)
+    if cfg.get("center_crop", False):
+        source = CenterCropped(source, cfg.image_size)
     if cfg.get("captions", "") == "templates":
         source = captions.by_template(source, cfg.get("captions_per_row", 5))
     return source
@@ -114,7 +151,7 @@ def without_corrupt(source):
     def readable(row):
         try:
             source[row]
-        except CorruptRow as error:
+        except images.CorruptRow as error:
             logging.warning("left out: row %d (%s): %s", error.row, error.where, error.why)
             return False
         return True
@@ -124,8 +161,12 @@ def without_corrupt(source):
     return source if good.all() else Subset(source, np.flatnonzero(good))
 
 
+@functools.lru_cache(maxsize=4)  # captions of 100,000 scenes take seconds
 def table(source) -> Table:
-    """What is known of every row, decoding no pixels where the source can say without."""
+    """What is known of every row, decoding no pixels where the source can say without.
+
+    Made once per source object; do not write into it.
+    """
     every = np.arange(len(source))
     labels, sizes = source.table(every)
     return Table(np.asarray(labels, np.int64), np.asarray(sizes, np.int32).reshape(-1, 2),

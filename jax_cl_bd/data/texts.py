@@ -39,6 +39,13 @@ class Texts:
         rows = np.asarray(rows, np.int64)
         return self._encode(self.source.captions(rows), rows)
 
+    def of_captions(self, found: list[str], row: int) -> dict[str, np.ndarray]:
+        """The same of one clean row whose captions were read with its image: no first axis.
+
+        Worker processes need no other way, so none of them holds the captions of all rows.
+        """
+        return {name: value[0] for name, value in self._encode([found], [row]).items()}
+
     def of_poisons(self, plan) -> dict[str, np.ndarray]:
         """The same of a plan's poisons: the caption it gives, else those of the replaced row."""
         if plan is None or not len(plan):

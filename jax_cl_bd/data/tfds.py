@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from etils import epath
 from jax_cl_bd.data import images, pairs, parallel_map
 from jax_cl_bd.errors import UserError, unknown
 
+INSTALL_PREPARE = "pip install -c constraints.txt -e '.[prepare]'"  # as README has it
 _FEW = 64  # rows whose captions are read without threads and not kept
 
 
@@ -128,17 +130,18 @@ def load(cfg, split: str) -> Tfds:
         UserError: the data set or split does not exist, is not prepared, or has no image; or a
             classes file that cannot be read.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"tfds data sets need packages that are not installed ({error}): "
-                        "pip install tensorflow-datasets array_record importlib_resources"
-                        ) from error
+    tfds = library()
     name = cfg.name.partition(":")[2]
     place = cfg.data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    builder = _builder(tfds, name, place)
+    if place and not epath.Path(place).is_dir():
+        raise UserError(f"the data folder {place!r} does not exist; set --config.data.data_dir or "
+                        "TFDS_DATA_DIR to the folder that holds prepared tfds data sets, or make "
+                        f"it: {_how_to_prepare(name, place)}")
+    builder = find(tfds, name, place)
+    unprepared = (f"tfds data set {name!r} is not prepared in a random-access format in "
+                  f"{builder.data_path}: {_how_to_prepare(name, builder._data_dir_root)}")
     if not builder.info.splits:
-        raise UserError(_how_to_prepare(name, builder))
+        raise UserError(unprepared)
     features = builder.info.features
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"tfds data set {name!r} has no feature 'image' (it has: "
@@ -151,7 +154,7 @@ def load(cfg, split: str) -> Tfds:
     try:
         records = builder.as_data_source(split, decoders=keep_encoded)
     except (NotImplementedError, FileNotFoundError) as error:
-        raise UserError(_how_to_prepare(name, builder)) from error
+        raise UserError(unprepared) from error
     label_key = "label" if "label" in features else ""
     classes = tuple(features["label"].names) if label_key else ()
     height, width = features["image"].shape[:2]
@@ -182,19 +185,32 @@ def _caption_keys(tfds, features):
     return ()
 
 
-def _builder(tfds, name, place):
+def library() -> ModuleType:
+    """Imports tensorflow_datasets, which takes seconds. Raises UserError if it is not there."""
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(f"tfds data sets need packages that are not installed ({error}): "
+                        "pip install tensorflow-datasets array_record importlib_resources"
+                        ) from error
+    return tensorflow_datasets
+
+
+def find(tfds: ModuleType, name: str, place: str | None) -> Any:
+    """The builder of a data set, prepared or not.
+
+    Raises:
+        UserError: there is none of that name, version or configuration.
+    """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         # Other forms name community data sets, which tfds fetches code for from the network.
         raise UserError(f"{name!r} is no tfds name; it should look like NAME, NAME/CONFIG or "
                         "NAME/CONFIG:1.2.3")
-    if place and not epath.Path(place).is_dir():
-        raise UserError(f"the data folder {place!r} does not exist; set --config.data.data_dir or "
-                        "TFDS_DATA_DIR to the folder that holds prepared tfds data sets")
     try:
         return tfds.builder(name, data_dir=place, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
-        if place:
+        if place and epath.Path(place).is_dir():
             known += [entry.name for entry in epath.Path(place).iterdir() if entry.is_dir()]
         near = str(unknown("tfds data set", name, known)).split(" (allowed:")[0]
         raise UserError(f"{near} (every name: tensorflow.org/datasets)") from error
@@ -202,10 +218,9 @@ def _builder(tfds, name, place):
         raise UserError(f"tfds data set {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _how_to_prepare(name, builder):
-    return (f"tfds data set {name!r} is not prepared in a random-access format in "
-            f"{builder.data_path}: pip install 'jax_cl_bd[prepare]', then "
-            f"python -m jax_cl_bd.data.prepare {name} --data_dir={builder._data_dir_root}")
+def _how_to_prepare(name, place):
+    return (f"{INSTALL_PREPARE}, then "
+            f"python -m jax_cl_bd.data.prepare {name} --data_dir={place}")
 
 
 def _files(info):

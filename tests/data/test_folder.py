@@ -59,6 +59,35 @@ def test_a_class_list_picks_folders_in_sorted_order(pictures):
         folder.load(config(pictures, classes_file="nowhere.txt"), "train")
 
 
+def test_a_list_of_synsets_names_the_folders(pictures):
+    listing = pictures / "synsets.txt"
+    listing.write_text("zebra  Zebra of Grévy, hartebeest\ncat a cat\nant\tAnt\nbee bee\n")
+    source = sources.load(config(pictures, class_names=str(listing)), "train")
+    assert source.classes == ("Ant", "bee", "Zebra of Grévy")
+    assert source.paths[0] == "ant/0.jpg" and source[8]["label"] == 2
+    listing.write_text("zebra Zebra\nbee\nant Ant\n")
+    with pytest.raises(UserError, match="no name for the class folder 'bee'"):
+        folder.load(config(pictures, class_names=str(listing)), "train")
+    with pytest.raises(UserError, match="class names 'nowhere.txt' cannot be read: No such"):
+        folder.load(config(pictures, class_names="nowhere.txt"), "train")
+    with pytest.raises(UserError, match="'digits' names its classes itself"):
+        sources.load(config(pictures, class_names=str(listing), name="digits"), "train")
+
+
+def test_center_crop_makes_every_image_the_central_square(pictures):
+    plain, cropped = (sources.load(config(pictures, limit=7, center_crop=crop), "train")
+                      for crop in (False, True))
+    assert cropped.paths == plain.paths and cropped.classes == plain.classes
+    assert not hasattr(cropped, "captions") and len(cropped) == 7
+    for i in range(7):
+        item, whole = cropped[i], plain[i]["image"]
+        assert item["label"] == plain[i]["label"] and item["index"] == i
+        np.testing.assert_array_equal(item["image"], images.central_square(whole, 16))
+    table = sources.table(cropped)
+    np.testing.assert_array_equal(table.sizes, [[16, 16]] * 7)
+    np.testing.assert_array_equal(table.labels, sources.table(plain).labels)
+
+
 def test_a_corrupt_file_is_named_or_left_out(pictures):
     path = pictures / "train" / "bee" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:200])

@@ -3,11 +3,12 @@
 import io
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jax_cl_bd.data import images
+from jax_cl_bd.data import augment, images
 
 RNG = np.random.default_rng(0)
 
@@ -45,6 +46,22 @@ def test_test_image_resizes_the_shorter_side_and_takes_the_centre():
     assert images.test_image(_image(28, 1), 28).shape == (28, 28, 3)
 
 
+@pytest.mark.parametrize("shape", [(96, 160), (161, 97), (40, 30), (20, 34)])
+def test_the_central_square_is_what_a_plain_view_shows(shape):
+    image = _image(*shape)
+    made = images.central_square(image, 32)
+    assert made.shape == (32, 32, 3)
+    canvas, size, extent = images.fit_square(image, max(shape))  # unscaled
+    row = {"image": canvas[None], "size": np.array([size]), "extent": np.array([extent])}
+    view = augment.crop(row, jax.random.split(jax.random.key(0), 1), 32, scale=(1.0, 1.0),
+                        ratio=(1.0, 1.0), flip=np.zeros(1, bool), kernel="bicubic")
+    shown = np.transpose(view[:, 0], (1, 2, 0)) * 255
+    # PIL rounds twice. An odd remainder would put the view's square half a pixel beside ours.
+    assert np.abs(shown - made).mean() < 0.6
+    same = _image(32, 32)
+    assert images.central_square(same, 32) is same
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
 def test_every_kind_of_png_becomes_rgb(mode):
     file = io.BytesIO()
@@ -60,5 +77,6 @@ def test_a_broken_image_is_named_and_survives_pickling():
     for broken in (b"", b"no image", file.getvalue()[:len(file.getvalue()) // 2]):
         with pytest.raises(images.CorruptRow, match=r"row 7 \(shard-3\)") as caught:
             images.decode(broken, row=7, where="shard-3")
+    assert "repair it and run the same command again, or" in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value) and again.row == 7

@@ -10,13 +10,28 @@ import sys
 import tarfile
 import time
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
-from jax_cl_bd.data import feed, images, pairs, poisoned, prepare_pairs, sources
+from configs import clip_pairs
+from jax_cl_bd.attacks import _rows
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import (
+    augment,
+    feed,
+    images,
+    pairs,
+    poisoned,
+    prepare_pairs,
+    sources,
+    texts,
+    tokenizer,
+)
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.triggers import patch
 from tests import pair_shards
 
 SIZES = [(5, 9), (8, 8), (12, 7)]
@@ -185,6 +200,63 @@ def test_worker_processes_read_them(prepared):
             np.testing.assert_array_equal(a[name], b[name])
 
 
+def test_streams_read_no_captions_but_those_of_their_records(prepared, monkeypatch):
+    """The index of all captions is for the main process; poisons' slots hold no tokens."""
+    source = sources.load(config(prepared[0]), "train")
+    every = [text for found in source.captions(range(len(source))) for text in found]
+    made = texts.Texts(source, tokenizer.train(every, 300), 12, 2, augmented=True)
+    expected = made.of_rows(range(len(source)))
+    monkeypatch.setattr(pairs, "_index", lambda *_: pytest.fail("read the captions of a shard"))
+    cfg = ml_collections.ConfigDict(dict(seed=0, data=config(prepared[0]),
+                                         train=dict(batch_size=8)))
+    batches = feed.make(cfg, poisoned.PoisonedSet(source, texts=made)).batches(0)
+    batch = next(batches)
+    batches.close()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(batch[name], value[batch["index"]])
+    beyond = poisoned.slot(source, len(source), len(source) + 1, 16, made)
+    assert not beyond["tokens"].any() and beyond["count"] == 0
+    assert beyond["tokens2"].shape == expected["tokens2"].shape[1:]
+
+
+def test_training_and_tests_see_the_same_square_and_the_patch_as_sharp(prepared):
+    """clip_pairs' transform: no pixel is resampled after the central square has been made."""
+    cfg = clip_pairs.get_config()
+    cfg.data.update(name=f"pairs:{prepared[0]}", image_size=16, workers=0)
+    cfg.train.batch_size = 64
+    source = sources.load(cfg.data, "train")
+    raw = sources.load(config(prepared[0]), "train")
+    assert sources.table(source).sizes.tolist() == [[16, 16]] * len(source)
+    assert source.captions([3]) == raw.captions([3]) == [source[3]["captions"]]
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    params = {"image": pixels / np.float32(255), "opacity": np.float32(1)}
+    rows, corners = np.arange(4), [(2, 3), (12, 0), (7, 9), (0, 12)]
+    plan = Plan.make(4, replaces=rows, canvas=(16, 16), seed=rows,
+                     trigger_box=[(y, x, 4, 4) for y, x in corners])
+    poisons = _rows.stamped(plan, (patch, params), lambda k: source[k]["image"], 16)
+    made = feed.make(cfg, poisoned.PoisonedSet(source, plan, poisons))
+    batches = made.batches(0)
+    mean, std = np.float32(cfg.data.mean), np.float32(cfg.data.std)
+    draw = jax.jit(lambda data, batch: augment.one_view(
+        cfg.augment.view1, cfg.augment.interpolation, mean, std, data, batch, jax.random.key(0)))
+    seen = 0
+    for _ in range(made.steps_per_epoch):
+        batch = next(batches)
+        shown = np.asarray(draw(made.data, batch)) * std + mean
+        for row, view in zip(batch["index"].tolist(), shown):
+            k = row - len(source)
+            test = images.test_image(source[k if k >= 0 else row]["image"], 16).copy()
+            if k >= 0:
+                y, x = corners[k]
+                test[y:y + 4, x:x + 4] = pixels
+                seen += 1
+            else:  # of the image file itself, once resized
+                np.testing.assert_array_equal(test, images.central_square(raw[row]["image"], 16))
+            np.testing.assert_allclose(view, test / 255, atol=1e-5)
+    batches.close()
+    assert seen >= 3
+
+
 def test_a_broken_record_is_named(prepared, monkeypatch):
     source = sources.load(config(prepared[0]), "train").source
 
@@ -315,6 +387,8 @@ def test_mistakes_are_named(tmp_path):
     (["pairs", "missing.tar", "--out=out"], "error: the shard 'missing.tar' does not exist"),
     (["pairs", "--out=out"], "error: give tar shards and --out"),
     (["pairs", "missing.tar"], "error: give tar shards and --out"),
+    (["cifra10", "--data_dir=out"], "error: unknown tfds data set 'cifra10'; did you mean"),
+    (["cifar10"], "error: give one name and --data_dir"),
 ])
 def test_the_command_says_what_is_wrong(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, "-m", "jax_cl_bd.data.prepare", *arguments],

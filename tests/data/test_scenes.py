@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jax_cl_bd.data import scenes, shapes, sources, templates
+from jax_cl_bd.data import images, scenes, shapes, sources, templates
 from jax_cl_bd.errors import UserError
 
 
@@ -181,3 +181,36 @@ def test_defaults_where_a_config_says_nothing():
         del cfg[name]
     assert [len(sources.load(cfg, s)) for s in ("train", "test")] == [8000, 1000]
     assert len(sources.load(cfg, "test")[0]["captions"]) == 5
+
+
+def test_the_table_is_made_once(monkeypatch):
+    source = scenes.Scenes("train", 20, 32)
+    calls = []
+    captions = scenes.Scenes.captions
+    monkeypatch.setattr(scenes.Scenes, "captions",
+                        lambda self, rows: calls.append(len(rows)) or captions(self, rows))
+    assert sources.table(source) is sources.table(source) and calls == [20]
+    assert sources.table(scenes.Scenes("train", 20, 32)) is not sources.table(source)
+
+
+def test_squares_of_the_side_pass_every_transform_unchanged():
+    """So 32 px data sets are the same bits with data.center_crop and without."""
+    plain, cropped = (sources.load(config(center_crop=crop), "train") for crop in (False, True))
+    assert isinstance(plain, scenes.Scenes) and isinstance(cropped, sources.CenterCropped)
+    for row in (0, 7):
+        image, item = plain[row]["image"], cropped[row]
+        np.testing.assert_array_equal(item["image"], image)
+        np.testing.assert_array_equal(item["mask"], plain[row]["mask"])
+        assert images.fit_square(image, 32)[0] is image is images.test_image(image, 32)
+    assert cropped.captions([5]) == plain.captions([5])
+    for name in ("labels", "sizes"):
+        np.testing.assert_array_equal(getattr(sources.table(cropped), name),
+                                      getattr(sources.table(plain), name))
+
+
+def test_only_pairs_of_any_shape_are_center_cropped():
+    from configs import cifar10, clip_cifar10, clip_pairs, clip_scenes, imagenet100, quickstart
+
+    assert clip_pairs.get_config().data.center_crop
+    for file in (cifar10, clip_cifar10, clip_scenes, imagenet100, quickstart):
+        assert "center_crop" not in file.get_config().data

@@ -1,21 +1,21 @@
-"""tfds.py on a prepared CIFAR-10 (skipped where $TFDS_DATA_DIR holds none) and on captions."""
+"""tfds.py on a small CIFAR-10 and on captions, both written by tfds itself."""
 
+import importlib.util
 import io
-import os
 import pickle
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
-from jax_cl_bd.data import images, sources, tfds
+from jax_cl_bd.data import images, prepare, sources, tfds
 from jax_cl_bd.errors import UserError
-
-PLACE = os.environ.get("TFDS_DATA_DIR", "")
-needs_cifar10 = pytest.mark.skipif(
-    not os.path.isdir(os.path.join(PLACE, "cifar10")) if PLACE else True,
-    reason="set TFDS_DATA_DIR to a folder with a prepared cifar10 to run this")
+from tests import tiny_cifar10
 
 
 def config(**changes):
@@ -26,7 +26,13 @@ def config(**changes):
     return cfg
 
 
-@needs_cifar10
+@pytest.fixture(scope="module", autouse=True)
+def cifar10(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", tiny_cifar10.write(tmp_path_factory.mktemp("cifar10")))
+        yield
+
+
 def test_items_and_table():
     source = sources.load(config(), "test")
     assert source.classes[:3] == ("airplane", "automobile", "bird")
@@ -40,10 +46,9 @@ def test_items_and_table():
     np.testing.assert_array_equal(again[3]["image"], item["image"])
 
 
-@needs_cifar10
 def test_a_broken_record_is_named_by_file():
     source = tfds.load(config(), "train[90%:]")
-    assert len(source) == 5000 and source.where(5).endswith("record 45005")
+    assert len(source) == 20 and source.where(5).endswith("record 185")
 
     class Garbage:
         def __getitem__(self, i):
@@ -51,11 +56,10 @@ def test_a_broken_record_is_named_by_file():
 
     broken = tfds.Tfds(Garbage(), source.classes, source.files, "label", None)
     for read in (lambda: broken[5], lambda: broken.table([5])):
-        with pytest.raises(images.CorruptRow, match="row 5 .*array_record.*record 45005"):
+        with pytest.raises(images.CorruptRow, match="row 5 .*array_record.*record 185"):
             read()
 
 
-@needs_cifar10
 def test_a_misspelt_split_is_named():
     with pytest.raises(UserError, match="did you mean 'train'"):
         sources.load(config(train_split="trian"), "train")
@@ -63,7 +67,8 @@ def test_a_misspelt_split_is_named():
 
 @pytest.mark.parametrize("name, message", [
     ("tfds:cifra10", "did you mean 'cifar10"),
-    ("tfds:cifar100", r"not prepared.*jax_cl_bd.data.prepare cifar100 --data_dir="),
+    ("tfds:cifar100", r"not prepared.*: pip install -c constraints.txt -e '.\[prepare\]', then "
+                      "python -m jax_cl_bd.data.prepare cifar100 --data_dir=/"),
     ("tfds:huggingface:mnist", "is no tfds name"),
     ("tfds:ag_news_subset", "not prepared"),
 ])
@@ -75,8 +80,38 @@ def test_mistakes_are_named(name, message, tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(UserError, match="does not exist.*TFDS_DATA_DIR"):
+    with pytest.raises(UserError, match="does not exist.*TFDS_DATA_DIR.*, or make it: pip install "
+                       ".*data.prepare cifar10 --data_dir=.*nowhere"):
         sources.load(config(data_dir=str(tmp_path / "nowhere")), "train")
+
+
+def test_how_to_prepare_is_what_the_readme_says():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"    {tfds.INSTALL_PREPARE}\n" in readme
+
+
+@pytest.mark.parametrize("name, message", [
+    ("cifra10", "unknown tfds data set 'cifra10'; did you mean 'cifar10'"),
+    ("cifar10/nope", "'cifar10/nope': .*"), ("a b", "'a b' is no tfds name"),
+    ("cifar10", "needs TensorFlow, which is not installed: pip install -c constraints.txt -e")])
+def test_preparing_says_what_is_wrong_in_one_line(name, message, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: name != "tensorflow" and find(name, *rest) or None)
+    monkeypatch.setattr(prepare, "_DATA_DIR", SimpleNamespace(value=str(tmp_path / "new")))
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["prepare", name])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and re.match(f"error: .*{message}", said), said
+    assert "\n" not in said and not (tmp_path / "new").exists()
+
+
+def test_preparing_without_the_library_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setattr(prepare, "_DATA_DIR", SimpleNamespace(value="x"))
+    with pytest.raises(SystemExit):
+        prepare.main(["prepare", "cifar10"])
+    assert "error: tfds data sets need packages" in capsys.readouterr().err
 
 
 CAPTIONS = [[f"Caption {j} of\n {i}: grün " for j in range(i % 3 + 1)] for i in range(7)]
