@@ -165,7 +165,7 @@ def evals(**changes):
 
 def config(**groups):
     """Builds the ConfigDict from plain dicts; what a config does not set has its default here."""
-    defaults = dict(seed=0, control=True, control_from="", victim="", downstream="",
+    defaults = dict(seed=0, control=True, control_from="", victim="", downstream="", init_from="",
                     mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(),
                     defense=dict(name="none"))
     return ml_collections.ConfigDict(defaults | groups)

@@ -15,12 +15,15 @@ from jax_cl_bd.errors import UserError
 
 # Which config groups each stage depends on, its predecessors' included (design 1).
 POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
-PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train")
+PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train", "init_from")
 EVALUATE_GROUPS = PRETRAIN_GROUPS + ("evals", "downstream", "control_from")
 DEFEND_GROUPS = EVALUATE_GROUPS + ("defense",)
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
+
+# Settings younger than some run folders: left out at their default, so that those still fit.
+LATER = {"init_from": ""}
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -53,12 +56,12 @@ def settings_of(cfg: ml_collections.ConfigDict, groups: tuple[str, ...]) -> dict
         if isinstance(value, dict):
             for key in sorted(value):
                 walk(f"{prefix}.{key}", value[key])
-        elif prefix not in NEVER_HASHED:
+        elif prefix not in NEVER_HASHED and (prefix, value) not in LATER.items():
             flat[prefix] = list(value) if isinstance(value, tuple) else value
 
     tree = cfg.to_dict()
     for group in groups:
-        walk(group, tree[group])
+        walk(group, tree[group] if group in tree else LATER[group])
     return flat
 
 
@@ -169,4 +172,5 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
         raise UserError(f"{folder} is not a run folder: it has no config.json")
     found = tuples(read_json(folder / "config.json"))
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
+    found.setdefault("init_from", "")
     return ml_collections.ConfigDict(found).lock()

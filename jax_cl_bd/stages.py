@@ -10,6 +10,7 @@ from etils import epath
 from jax_cl_bd import defend, evaluate, lookup, poison, pretrain, report, run_folder
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import start
 from jax_cl_bd.reporting import table
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
@@ -22,16 +23,18 @@ DEPENDENTS = {"poison": ("report", "defend", "evaluate", "pretrain"),
 # What each stage leaves in the run folder, besides the folder of its own name.
 LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
           "evaluate": ("results.json",), "defend": ("defenses",)}
-VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train")
+VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train",
+               "init_from")
 
 
 def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """With --config.victim, takes what made that victim from its own config.
+    """With --config.victim, takes what made that victim from its own config; else, with
+    --config.init_from, what describes the model from those weights.
 
     What changes no result, such as data_dir or log_every, stays as it is given now.
     """
     if not cfg.victim:
-        return cfg
+        return start.with_weights(cfg)
     theirs = run_folder.read_config(epath.Path(cfg.victim))
     merged = ml_collections.ConfigDict(cfg.to_dict()
                                        | {group: theirs[group].to_dict()
