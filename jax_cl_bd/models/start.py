@@ -59,8 +59,7 @@ def load(cfg: ml_collections.ConfigDict) -> dict:
     if (folder / "pretrain").exists() and not run_folder.is_done(folder / "pretrain"):
         raise UserError(f"init_from={cfg.init_from!r} is a run that has not finished pretraining; "
                         "finish it first")
-    opened = encoders.load(folder, parallel.make_mesh(ml_collections.ConfigDict({"data": 1,
-                                                                                  "fsdp": 1})))
+    opened = encoders.load(folder, parallel.one_device())
     if cfg.text.name != "none" and opened.pair is not None:
         variables = opened.pair.variables
     else:

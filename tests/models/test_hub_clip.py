@@ -253,3 +253,28 @@ def test_missing_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         hub_clip.load(tmp_path)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({}, None), ({"do_rescale": False}, None), ({"rescale_factor": 1 / 127.5}, None),
+    ({"size": 8, "crop_size": 8}, None),  # as older files have it
+    ({"do_resize": False}, "do_resize = false"),
+    ({"do_center_crop": False, "size": {"height": 8, "width": 8}}, "without do_center_crop squash"),
+    ({"size": {"shortest_edge": 9}}, "shortest_edge': 9"),
+    ({"crop_size": {"height": 6, "width": 6}}, "crop_size")])
+def test_processors_are_honoured_or_told_apart(tmp_path, recwarn, change, told):
+    described, variables = made("siglip")
+    hub_clip.save(tmp_path, described, variables)
+    path = tmp_path / "preprocessor_config.json"
+    given = json.loads(path.read_text())
+    assert given["size"] == {"shortest_edge": 8} and given["do_center_crop"]
+    assert given["crop_size"] == {"height": 8, "width": 8} and given["resample"] == 3
+    path.write_text(json.dumps(given | change))
+    data = hub_clip.hub_clip_config.read(tmp_path)["data"]
+    messages = [str(w.message) for w in recwarn]
+    assert len(messages) == (told is not None) and all(told in m for m in messages)
+    # A grey of 0.6 comes out as the processor would have it.
+    factor = 255 * given["rescale_factor"] if "do_rescale" not in change else 255
+    factor *= change.get("rescale_factor", 1 / 255) * 255
+    want = (0.6 * factor - np.array((0.5, 0.4, 0.3))) / (0.2, 0.2, 0.1)
+    np.testing.assert_allclose((0.6 - np.array(data["mean"])) / data["std"], want, rtol=1e-9)
