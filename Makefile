@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, run the quickstart, print its table and where its report is
 # make test         the tests, without the slow ones
+# make test-parity  the tests against PyTorch and transformers, which it installs
 # A machine needs Python 3.11 or 3.12, make, and the network for the first installation.
 
 PYTHON ?= python3
@@ -9,12 +10,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
 TESTS := JAX_PLATFORMS=cpu $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-test test test-all lint bench clean
+.PHONY: help quickstart install install-test test test-all test-parity lint bench clean
 
 help:
 	@echo "make quickstart   install into $(VENV), run configs/quickstart.py into runs/quickstart"
 	@echo "make test         the tests (CPU only)"
 	@echo "make test-all     the slow tests too; GPU and TPU ones where there is such a device"
+	@echo "make test-parity  the tests against PyTorch and transformers (installs them)"
 	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
 	@echo "make lint         ruff"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
@@ -28,6 +30,9 @@ test: install-test
 
 test-all: install-test
 	$(RUN) -m pytest -q -rs
+
+test-parity: install-test $(VENV)/.installed-parity
+	$(TESTS) -q -rs $$(grep -rlE "importorskip\(.(torch|transformers)" tests --include=*.py)
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .

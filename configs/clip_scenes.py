@@ -5,8 +5,10 @@
 Arguments after the colon: the attack (badnets, blended, sig, wanet, label_consistent, natural,
 reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fresh (noise drawn
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
-poisons), objective=clip|siglip, defense=none|fine_tune|retrain, target=CLASS, seed=N.
-docs/results.md has times and numbers.
+poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
+objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold),
+defense=none|fine_tune|retrain, target=CLASS, seed=N.
+docs/results.md has times and numbers, of small_resnet.
 
 The attacks without a trigger have counts near the literature's, and no more than that: `targeted`
 adds 8 copies of its image (Carlini and Terzis: 2 or 3 in 3 million pairs), `mismatched` exchanges
@@ -19,6 +21,20 @@ from configs import common
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
            "optimized_patch", "random_patch", "targeted", "mismatched", "none")
 WITHOUT_TRIGGER = dict(targeted=(8, 8), mismatched=(40, 200))  # poisons, and those of low_rate
+# 16 positions of 128 channels in front of the attention pooling of clip_resnet; 64 patches of vit.
+TOWERS = dict(
+    small_resnet=dict(name="small_resnet", stem="cifar", width=32, stem_stride=2, first_stride=2,
+                      stages=(64, 128), dtype="float32", bn_groups=1),
+    vit=dict(name="vit", width=128, layers=2, heads=2, patch=4, mlp_ratio=2, pool="cls",
+             act="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, dtype="float32",
+             bn_groups=1),
+    clip_resnet=dict(name="clip_resnet", width=16, stages=(1, 1), heads=2, dtype="float32",
+                     bn_groups=1))
+LR = dict(small_resnet=4e-3, vit=1e-3, clip_resnet=4e-3)
+# SigLIP as published (Zhai et al. 2023): attention pooling, texts that see both ways.
+SIGLIP = dict(model=dict(pool="map", act="gelu_tanh", eps=1e-6, pre_norm=False, patch_bias=True),
+              text=dict(causal=False, pool="last", act="gelu_tanh", eps=1e-6),
+              objective=dict(image_projection=False, text_bias=True))
 MEASURED_BY = dict(targeted=("targeted",), mismatched=("mismatch",))
 
 
@@ -32,8 +48,11 @@ def one_attack(arguments):
 
 def get_config(arg=""):
     a = common.parse(arg, debug=False, defense="none", fresh=False, low_rate=False,
-                     objective="clip", target=3, seed=0, **{name: False for name in ATTACKS})
+                     tower="small_resnet", objective="clip", target=3, seed=0,
+                     **{name: False for name in ATTACKS})
     attack = one_attack(a)
+    tower = common.choose("tower", a["tower"], TOWERS)
+    published = SIGLIP if (a["tower"], a["objective"]) == ("vit", "siglip") else {}
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
     if attack in WITHOUT_TRIGGER:
         poisons = WITHOUT_TRIGGER[attack][a["low_rate"]]
@@ -48,12 +67,12 @@ def get_config(arg=""):
                                   side=32),
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.SMALL_VIEW),
                      interpolation="bilinear"),
-        model=dict(name="small_resnet", stem="cifar", width=32, stem_stride=2, first_stride=2,
-                   stages=(64, 128), dtype="float32", bn_groups=1),
-        text={**common.SMALL_TEXT, "width": 64, "layers": 1, "heads": 2},
+        model={**tower, **published.get("model", {})},
+        text={**common.SMALL_TEXT, "width": 64, "layers": 1, "heads": 2,
+              **published.get("text", {})},
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": 128},
-        optim={**common.ADAMW, "lr": 4e-3, "warmup_steps": 100},
+                   "dim": 128, **published.get("objective", {})},
+        optim={**common.ADAMW, "lr": LR[a["tower"]], "warmup_steps": 100},
         evals=common.evals(probes=("zero_shot", "linear_probe", "retrieval", "z_score",
                                    *MEASURED_BY.get(attack, ()))),
         # Many small batches: 450 of 256 (lr 6e-3) ended at clean 0.88; docs/results.md has both.

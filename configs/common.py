@@ -167,17 +167,23 @@ def evals(**changes):
 
 def config(**groups):
     """Builds the ConfigDict from plain dicts; what a config does not set has its default here."""
-    defaults = dict(seed=0, control=True, control_from="", victim="", downstream="",
+    defaults = dict(seed=0, control=True, control_from="", victim="", downstream="", init_from="",
                     mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(),
                     defense=dict(name="none"))
     return ml_collections.ConfigDict(defaults | groups)
 
 
+# CLIP's own towers stay what they are in debug mode; any other becomes a small_resnet.
+TINY = dict(vit=dict(width=16, layers=1, heads=2, patch=8),
+            clip_resnet=dict(width=4, stages=(1,), heads=2))
+
+
 def debug(cfg):
     """Shrinks any config to seconds: 2 steps, batch 16, a tiny encoder, few rows."""
     cfg.data.limit = 200
-    cfg.model.update(name="small_resnet", width=8, stages=(8, 16), dtype="float32",
-                     stem_stride=1, first_stride=1)
+    tiny = TINY.get(cfg.model.name, dict(name="small_resnet", width=8, stages=(8, 16),
+                                         stem_stride=1, first_stride=1))
+    cfg.model.update(tiny, dtype="float32")
     cfg.model.bn_groups = min(cfg.model.bn_groups, 2)
     cfg.data.image_size = min(cfg.data.image_size, 32)
     cfg.attack.trigger.size = min(cfg.attack.trigger.size, 8)

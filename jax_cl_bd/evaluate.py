@@ -71,7 +71,7 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
 
 
 def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encoders.Encoder:
-    """The encoder as the victim's training began with it."""
+    """The encoder as the victim's training began with it: drawn, or loaded (config.init_from)."""
     drawn = encoders.of_parts(cfg, training.first_variables(cfg), mesh,
                               texts.load_tokenizer(cfg, victim))
     return dataclasses.replace(drawn, step=0)

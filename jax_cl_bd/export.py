@@ -1,6 +1,8 @@
 """export: writes the poisoned set of a run folder as PNG files, for any other trainer.
 
-    python -m jax_cl_bd.export --workdir=RUN --to=FOLDER
+    python -m jax_cl_bd.export --workdir=RUN --to=FOLDER [--format=huggingface]
+
+With --format=huggingface it writes a trained image-text model instead (export_model.py). Else:
 
 FOLDER/images/<row>.png   every row of the poisoned set, without loss, in no class folders
 FOLDER/rows.csv           for each file: clean or poison, source row, label, the row view 2 is of,
@@ -21,7 +23,7 @@ from absl import app, flags
 from etils import epath
 from PIL import Image
 
-from jax_cl_bd import lookup, poison, run_folder
+from jax_cl_bd import export_model, lookup, poison, run_folder
 from jax_cl_bd.attacks.plan import LAYOUTS
 from jax_cl_bd.data import parallel_map, sources
 from jax_cl_bd.errors import UserError
@@ -41,8 +43,7 @@ def export(workdir: epath.Path, to: epath.Path) -> int:
     if not run_folder.is_done(workdir / "poison"):
         raise UserError(f"{workdir} has no complete poison set; run the stage poison first")
     plan, rows = poison.load(workdir)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to={to} exists and is not empty; name a new folder")
+    export_model.check_new(to)
     source = sources.load(cfg.data, "train")
     table = sources.table(source)
     kept = plan.kept(len(source))
@@ -122,8 +123,13 @@ def _write_csv(path, lines):
 
 
 def main(_) -> None:
+    workdir, to = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.to)
     try:
-        count = export(epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.to))
+        if flags.FLAGS.format == "huggingface":
+            kind = export_model.export(workdir, to)
+            print(f"{kind} model in {to}")
+            return
+        count = export(workdir, to)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -131,6 +137,8 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "run folder whose poison set is exported", required=True)
+    flags.DEFINE_string("workdir", None, "run folder whose poison set or model is exported",
+                        required=True)
     flags.DEFINE_string("to", None, "new folder to write to", required=True)
+    flags.DEFINE_enum("format", "png", ("png", "huggingface"), "what is written")
     app.run(main)

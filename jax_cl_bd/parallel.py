@@ -1,6 +1,7 @@
 """The mesh and how arrays lie on it; no other file names a mesh axis (design 7)."""
 
 import jax
+import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +24,11 @@ def make_mesh(cfg_mesh) -> Mesh:
     data = count // fsdp if data == -1 else data
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
                          devices=jax.devices()[:data * fsdp])
+
+
+def one_device() -> Mesh:
+    """The mesh of the first device alone."""
+    return make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1}))
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str = "train.batch_size") -> None:

@@ -9,6 +9,7 @@ from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import during_training, test_sets
+from jax_cl_bd.models import start
 from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, fit
 
@@ -73,12 +74,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     if tests is not None:
         watch = during_training.make(cfg, tests, mesh, captions and captions.tokenizer)
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
+    weights = start.load(cfg)
     for label, (place, dataset) in sets.items():
         if run_folder.is_done(place / "pretrain"):
             continue
         run_folder.write_config(place, cfg)
         run_folder.begin(place / "pretrain", settings)
-        state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh)
+        state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh,
+                                        weights)
         rows_feed = feed.make(cfg, dataset, clean=clean, process_index=jax.process_index(),
                               process_count=jax.process_count())
         clean = rows_feed.data.get("clean")

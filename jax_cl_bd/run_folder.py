@@ -15,17 +15,20 @@ from jax_cl_bd.errors import UserError
 
 # Which config groups each stage depends on, its predecessors' included (design 1).
 POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
-PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train")
+PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train", "init_from")
 MEASURE_GROUPS = ("evals", "downstream", "control_from")  # how encoders are measured, not made
 EVALUATE_GROUPS = PRETRAIN_GROUPS + MEASURE_GROUPS
 DEFEND_GROUPS = EVALUATE_GROUPS + ("defense",)
 # What victim and control must share to be compared.
-SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "train")
+SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "train", "init_from")
 # What settings that older runs lack were before there was a choice; any other is "".
 BEFORE = {"text.name": "none"}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
+
+# Settings younger than some run folders: left out at their default, so that those still fit.
+LATER = {"init_from": ""}
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -58,12 +61,12 @@ def settings_of(cfg: ml_collections.ConfigDict, groups: tuple[str, ...]) -> dict
         if isinstance(value, dict):
             for key in sorted(value):
                 walk(f"{prefix}.{key}", value[key])
-        elif prefix not in NEVER_HASHED:
+        elif prefix not in NEVER_HASHED and (prefix, value) not in LATER.items():
             flat[prefix] = list(value) if isinstance(value, tuple) else value
 
     tree = cfg.to_dict()
     for group in groups:
-        walk(group, tree[group])
+        walk(group, tree[group] if group in tree else LATER[group])
     return flat
 
 
@@ -220,4 +223,5 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     found = tuples(read_json(folder / "config.json"))
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
     found.setdefault("control_from", "")
+    found.setdefault("init_from", "")
     return ml_collections.ConfigDict(found).lock()

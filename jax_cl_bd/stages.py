@@ -12,6 +12,7 @@ from jax_cl_bd import checkpoint, defend, evaluate, lookup, poison, pretrain, re
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import start
 from jax_cl_bd.reporting import table
 from jax_cl_bd.train import NonFinite
 
@@ -28,17 +29,19 @@ LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
 GOES_ON = "the same command goes on where it stopped"
 # Errors after which the same command would fail again; what to do is in their message.
 SAYS_ITSELF = (CorruptRow, NonFinite, FloatingPointError)
-VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train")
+VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train",
+               "init_from")
 
 
 def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """With --config.victim, takes what made that victim from its own config.
+    """With --config.victim, takes what made that victim from its own config; else, with
+    --config.init_from, what describes the model from those weights.
 
     What changes no result, such as workers or log_every, stays as it is given now; so does
     data_dir, unless it is empty.
     """
     if not cfg.victim:
-        return cfg
+        return start.with_weights(cfg)
     theirs = run_folder.read_config(epath.Path(cfg.victim))
     merged = ml_collections.ConfigDict(cfg.to_dict()
                                        | {group: theirs[group].to_dict()

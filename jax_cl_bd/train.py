@@ -36,11 +36,16 @@ class Interrupted(SystemExit):
     """SIGTERM or Ctrl-C arrived; the state is saved, and the exit status says which."""
 
 
-def born_sharded(init: Callable[[jax.Array], TrainState], key: jax.Array, mesh):
-    """Makes a state directly in its shardings; gives (state, shardings)."""
-    shardings = parallel.state_shardings(mesh, jax.eval_shape(init, key))
+def born_sharded(init: Callable[..., TrainState], key: jax.Array, mesh, weights=None):
+    """Makes a state directly in its shardings; gives (state, shardings).
+
+    `weights`: a pytree of host arrays, the second argument of `init` if there is one.
+    """
+    given = () if weights is None else (weights,)
+    shardings = parallel.state_shardings(mesh, jax.eval_shape(init, key, *given))
+    given = jax.device_put(given, parallel.state_shardings(mesh, given))
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings)(key), shardings
+        return jax.jit(init, out_shardings=shardings)(key, *given), shardings
 
 
 def compile_step(step_fn: Callable, shardings, steps_per_dispatch: int = 1) -> Callable:

@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import checkpoint, parallel, run_folder
-from jax_cl_bd.data import texts
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, parts
@@ -151,14 +150,15 @@ def load(path, mesh=None) -> Encoder:
     return dataclasses.replace(found, step=step)
 
 
-def _tokenizer(cfg, folder):
+def tokenizer_file(folder: epath.Path) -> epath.Path:
     """Of a defense's folder or a run folder; a control's tokenizer lies in the folder around it."""
-    if cfg.text.name == "none":
-        return None
-    if (folder / "tokenizer.json").exists():
-        return tokenizers.load(folder)
-    own = (folder / "poison" / "tokenizer.json").exists()
-    return texts.load_tokenizer(cfg, folder if own else folder.parent)
+    places = (folder, folder / "poison", folder.parent / "poison")
+    found = [place / "tokenizer.json" for place in places if (place / "tokenizer.json").exists()]
+    return found[0] if found else folder / "poison" / "tokenizer.json"
+
+
+def _tokenizer(cfg, folder):
+    return None if cfg.text.name == "none" else tokenizers.load(tokenizer_file(folder))
 
 
 def _load_hub(folder: epath.Path, mesh) -> Encoder:

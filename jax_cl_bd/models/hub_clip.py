@@ -71,6 +71,9 @@ def load(path) -> tuple[dict, dict]:
 def save(path, described: dict, variables: dict) -> None:
     """Writes config.json, model.safetensors and preprocessor_config.json into a folder.
 
+    The processor takes the central square of an image, its shorter side resized (bicubic), as
+    training without augmentation does.
+
     Args:
         path: the folder; made if it is not there.
         described: as `load` gives it; further settings in its groups are not looked at.

@@ -48,6 +48,7 @@ STARTS = {"clip": {"scale_init": math.log(1 / 0.07)},
 NORMALISATION = {"clip": {"mean": (0.48145466, 0.4578275, 0.40821073),
                           "std": (0.26862954, 0.26130258, 0.27577711)},
                  "siglip": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}}
+BICUBIC = 3  # PIL's number
 # OpenAI's files say 2 where they mean "the highest id of a text"; transformers reads it so.
 LEGACY_END = 2
 
@@ -65,11 +66,12 @@ def translate(described: dict) -> dict[str, dict]:
     """
     side = described["data"]["image_size"]
     config = _their_config(described)
-    processor = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}
+    # CLIP's processor for SigLIP too: SigLIP's own squashes to a square, ours sees the central one.
     return {"config.json": config, "preprocessor_config.json": {
-        "image_processor_type": processor[config["model_type"]],
-        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False,
-        "rescale_factor": 1 / 255, "size": {"height": side, "width": side},
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True, "do_resize": True, "do_center_crop": True, "do_rescale": True,
+        "do_normalize": True, "rescale_factor": 1 / 255, "resample": BICUBIC,
+        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
         "image_mean": list(described["data"]["mean"]),
         "image_std": list(described["data"]["std"])}}
 
@@ -168,7 +170,37 @@ def _data(folder, kind, side):
             data[ours] = tuple(given[name])
     if given.get("do_normalize") is False:
         data |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    factor = 255 * given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 255
+    if not math.isclose(factor, 1):  # ours are in [0, 1] before they are normalised
+        data |= {name: tuple(value / factor for value in data[name]) for name in ("mean", "std")}
+    if told := _not_reproduced(given, side):
+        warnings.warn(f"{path}: {'; '.join(told)}; here an image is resized with its shape kept "
+                      f"and the central {side} x {side} pixels are taken", stacklevel=4)
     return data
+
+
+def _not_reproduced(given, side):
+    """What a processor does with an image's shape that our pipeline does otherwise."""
+    if given.get("do_resize") is False:
+        return ["do_resize = false"]
+    size, crop = (_height_and_width(given.get(name)) for name in ("size", "crop_size"))
+    told = []
+    if given.get("do_center_crop", crop is not None):
+        if crop not in (None, (side, side)):
+            told.append(f"crop_size = {given['crop_size']}")
+    elif size is not None and len(size) == 2:
+        told.append(f"size = {given['size']} without do_center_crop squashes an image")
+    if size is not None and set(size) != {side}:
+        told.append(f"size = {given['size']}")
+    return told
+
+
+def _height_and_width(value):
+    """(height, width) of a size, (side,) of a shortest edge; None if it says nothing."""
+    if isinstance(value, dict):
+        edges = [value[name] for name in ("height", "width", "shortest_edge") if name in value]
+        return tuple(edges) or None
+    return None if value is None else (value,)
 
 
 def _their_config(described):

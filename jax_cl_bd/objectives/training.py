@@ -12,7 +12,7 @@ import optax
 from jax_cl_bd import lookup
 from jax_cl_bd.data import augment
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import build, pair, parts
+from jax_cl_bd.models import build, pair, parts, start
 from jax_cl_bd.train import TrainState
 
 STREAM = 2  # of cfg.seed; 1 draws the plan, 3 is the defenses'
@@ -24,9 +24,10 @@ def first_key(cfg: ml_collections.ConfigDict) -> jax.Array:
 
 
 def first_variables(cfg: ml_collections.ConfigDict) -> dict:
-    """The variables that pretraining begins with, drawn as `make_init` draws them."""
-    weights = jax.random.split(first_key(cfg), 3)[0]
-    return jax.jit(lambda key: init_variables(cfg, key))(weights)
+    """The variables that pretraining begins with, drawn or loaded as `make_init` has them."""
+    key = jax.random.split(first_key(cfg), 3)[0]
+    return jax.jit(lambda key, weights: start.placed(init_variables(cfg, key), weights))(
+        key, start.load(cfg))
 
 
 def init_variables(cfg: ml_collections.ConfigDict, key: jax.Array) -> dict:
@@ -66,12 +67,18 @@ def modules_of(cfg: ml_collections.ConfigDict) -> dict:
 
 
 def make_init(cfg: ml_collections.ConfigDict, tx):
-    """Gives init(key) -> TrainState: a pure function, the same for victim and control."""
+    """Gives init(key[, weights]) -> TrainState: a pure function, the same for victim and control.
+
+    `weights`: what `start.load` gives, in place of what would be drawn. An argument, since closed
+    over they would be constants of the compiled program.
+    """
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
 
-    def init(key):
-        weights, extra, steps = jax.random.split(key, 3)
-        variables = init_variables(cfg, weights)
+    def init(key, weights=None):
+        drawn, extra, steps = jax.random.split(key, 3)
+        variables = init_variables(cfg, drawn)
+        if weights is not None:
+            variables = start.placed(variables, weights)
         return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
                           batch_stats=variables["batch_stats"],
                           opt_state=tx.init(variables["params"]),

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, heads, hub_clip, text
+from tests.tiny_hub import made
 
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
           "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
@@ -128,34 +129,6 @@ def test_the_image_processor_keeps_the_normalisation(tmp_path):
     got = module.CLIPImageProcessorPil.from_pretrained(tmp_path)(image)["pixel_values"][0]
     want = (image / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.2, 0.1)
     np.testing.assert_allclose(np.asarray(got).transpose(1, 2, 0), want, rtol=0, atol=1e-5)
-
-
-def made(kind):
-    """A description and random variables made here, without transformers."""
-    tower = {"layers": 1, "heads": 2, "mlp_ratio": 2, "dtype": "float32"}
-    siglip = kind == "siglip"
-    act, eps = ("gelu_tanh", 1e-6) if siglip else ("quick_gelu", 1e-5)
-    described = {
-        "model": {"name": "vit", "width": 16, "patch": 4, "pool": "map" if siglip else "cls",
-                  "act": act, "eps": eps, "pre_norm": not siglip, "patch_bias": siglip,
-                  "bn_groups": 1} | tower,
-        "text": {"name": "transformer", "width": 12, "vocab": 30, "context": 5, "end": 29,
-                 "causal": not siglip, "pool": "last" if siglip else "end", "act": act,
-                 "eps": eps, "tokenizer": ""} | tower,
-        "objective": {"name": kind, "dim": 16 if siglip else 10, "image_projection": not siglip,
-                      "scale_init": np.log(10) if siglip else np.log(1 / 0.07)}
-        | ({"text_bias": True, "bias_init": -10.0} if siglip else {}),
-        "data": {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "image_size": 8}}
-    rng = np.random.default_rng(2)
-    flat = {place: rng.normal(size=shape).astype(np.float32)
-            for place, shape in hub_clip._shapes(described).items()}
-    params = {}
-    for place, array in flat.items():
-        at = params
-        for name in place[:-1]:
-            at = at.setdefault(name, {})
-        at[place[-1]] = array
-    return described, {"params": params, "batch_stats": {part: {} for part in params}}
 
 
 @pytest.fixture(params=["clip", "siglip"])
@@ -280,3 +253,28 @@ def test_missing_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         hub_clip.load(tmp_path)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({}, None), ({"do_rescale": False}, None), ({"rescale_factor": 1 / 127.5}, None),
+    ({"size": 8, "crop_size": 8}, None),  # as older files have it
+    ({"do_resize": False}, "do_resize = false"),
+    ({"do_center_crop": False, "size": {"height": 8, "width": 8}}, "without do_center_crop squash"),
+    ({"size": {"shortest_edge": 9}}, "shortest_edge': 9"),
+    ({"crop_size": {"height": 6, "width": 6}}, "crop_size")])
+def test_processors_are_honoured_or_told_apart(tmp_path, recwarn, change, told):
+    described, variables = made("siglip")
+    hub_clip.save(tmp_path, described, variables)
+    path = tmp_path / "preprocessor_config.json"
+    given = json.loads(path.read_text())
+    assert given["size"] == {"shortest_edge": 8} and given["do_center_crop"]
+    assert given["crop_size"] == {"height": 8, "width": 8} and given["resample"] == 3
+    path.write_text(json.dumps(given | change))
+    data = hub_clip.hub_clip_config.read(tmp_path)["data"]
+    messages = [str(w.message) for w in recwarn]
+    assert len(messages) == (told is not None) and all(told in m for m in messages)
+    # A grey of 0.6 comes out as the processor would have it.
+    factor = 255 * given["rescale_factor"] if "do_rescale" not in change else 255
+    factor *= change.get("rescale_factor", 1 / 255) * 255
+    want = (0.6 * factor - np.array((0.5, 0.4, 0.3))) / (0.2, 0.2, 0.1)
+    np.testing.assert_allclose((0.6 - np.array(data["mean"])) / data["std"], want, rtol=1e-9)

@@ -1,0 +1,118 @@
+"""Training that starts from published weights, or from another run's (config.init_from).
+
+The folder is one of Hugging Face's CLIP or SigLIP, one with a ResNet's model.safetensors, or a
+finished run's (a control's or a defense's too). An image-text objective takes all parts, an image
+objective the encoder alone; its heads are drawn.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from etils import epath
+
+from jax_cl_bd import parallel, run_folder
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import encoder as encoders
+
+SHARED = ("dim", "image_projection", "text_bias", "scale_init", "bias_init")  # of the objective
+OWN = ("dtype", "bn_groups")  # of model and text: how the experiment computes
+
+
+def with_weights(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """With --config.init_from, takes what describes the model from that folder.
+
+    That is model, text with its tokenizer, the objective's heads, and the normalisation and size
+    of the images; not how the experiment computes (dtype, bn_groups).
+
+    Raises:
+        UserError: no weights there, weights of another kind than the objective, or no tokenizer.
+    """
+    if not cfg.init_from:
+        return cfg
+    theirs = _described(epath.Path(cfg.init_from))
+    merged = cfg.to_dict()
+    merged["model"] = _taken(theirs["model"], merged["model"])
+    merged["data"] |= {name: theirs["data"][name] for name in ("mean", "std", "image_size")}
+    if cfg.text.name != "none":
+        _check_kind(cfg, theirs)
+        merged["text"] = _taken(theirs["text"], merged["text"])
+        merged["text"]["tokenizer"] = theirs["text"]["tokenizer"] or cfg.text.tokenizer
+        merged["objective"] |= {name: theirs["objective"][name] for name in SHARED
+                                if name in theirs["objective"]}
+        if not merged["text"]["tokenizer"]:
+            raise UserError(f"init_from={cfg.init_from!r} has no tokenizer.json, so nothing says "
+                            "which ids its text tower knows; put the model's own there, or name "
+                            "it: --config.text.tokenizer=FILE")
+    return ml_collections.ConfigDict(merged).lock()
+
+
+def load(cfg: ml_collections.ConfigDict) -> dict:
+    """The weights that training starts from, as host arrays: {"params": {part: ...},
+    "batch_stats": {part: ...}} of the parts that are not drawn; none without init_from.
+
+    Raises:
+        UserError: no finished weights there, or not those of the config's model.
+    """
+    if not cfg.init_from:
+        return {"params": {}, "batch_stats": {}}
+    folder = epath.Path(cfg.init_from)
+    if (folder / "pretrain").exists() and not run_folder.is_done(folder / "pretrain"):
+        raise UserError(f"init_from={cfg.init_from!r} is a run that has not finished pretraining; "
+                        "finish it first")
+    opened = encoders.load(folder, parallel.one_device())
+    if cfg.text.name != "none" and opened.pair is not None:
+        variables = opened.pair.variables
+    else:
+        variables = {kind: {"encoder": opened.variables.get(kind, {})}
+                     for kind in ("params", "batch_stats")}
+    wanted = encoders.abstract_parts(cfg)
+    for kind, parts in variables.items():
+        if _shapes(parts) != _shapes(wanted[kind]):
+            raise UserError(f"init_from={cfg.init_from!r} no longer holds the model that this "
+                            "run's config describes; was the folder changed?")
+    return jax.device_get(variables)
+
+
+def placed(variables: dict, weights: dict) -> dict:
+    """Variables as they are drawn, with the parts that `load` gave in their place."""
+    return {kind: variables[kind] | jax.tree.map(jnp.copy, weights[kind])
+            for kind in ("params", "batch_stats")}
+
+
+def _described(folder: epath.Path) -> dict:
+    """{"model", "text", "objective", "data"} of a folder's model, as dicts; of a ResNet without
+    text and objective."""
+    if (folder / "model.safetensors").exists():
+        from jax_cl_bd.models import hub, hub_clip_config  # read only when asked for
+
+        if (folder / "config.json").exists():
+            return hub_clip_config.read(folder)
+        return hub.load_resnet(folder)[0]
+    if not (folder / "config.json").exists():
+        raise UserError(f"init_from={str(folder)!r} is neither a run folder (config.json and "
+                        "checkpoints) nor a folder with model.safetensors")
+    theirs = run_folder.read_config(folder)
+    described = {group: theirs[group].to_dict() for group in ("model", "text", "objective", "data")}
+    if theirs.text.name != "none":
+        described["text"]["tokenizer"] = str(encoders.tokenizer_file(folder))
+    return described
+
+
+def _taken(theirs: dict, own: dict) -> dict:
+    return theirs | {name: own[name] for name in OWN if name in own}
+
+
+def _check_kind(cfg, theirs):
+    if theirs.get("text", {"name": "none"})["name"] == "none":
+        raise UserError(f"init_from={cfg.init_from!r} holds an image encoder alone, and objective "
+                        f"{cfg.objective.name!r} trains a text tower too; name an image-text model")
+    found = theirs["objective"]["name"]
+    if found != cfg.objective.name:
+        raise UserError(f"init_from={cfg.init_from!r} holds a {found} model, and objective.name is "
+                        f"{cfg.objective.name!r}; choose objective={found} after the colon of "
+                        "--config, or other weights")
+
+
+def _shapes(tree):
+    return {jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
