@@ -10,8 +10,8 @@ FOLDER/rows.csv           for each file: clean or poison, source row, label, the
 FOLDER/plan.csv           for each poison: replaces, reference, shadow, layout, boxes, seed, caption
 
 Images have the shape and resolution of the original, poisons too: one that is stored smaller is
-rendered again at full resolution from the saved plan. Labels are for probes; they are no part of
-self-supervised training.
+rendered again at full resolution from the saved plan. With data.center_crop all are the central
+square at data.image_size. Labels are for probes; they are no part of self-supervised training.
 """
 
 import csv
