@@ -27,9 +27,6 @@ BEFORE = {"text.name": "none"}
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
 
-# Settings younger than some run folders: left out at their default, so that those still fit.
-LATER = {"init_from": ""}
-
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that no reader sees half a file."""
@@ -61,12 +58,12 @@ def settings_of(cfg: ml_collections.ConfigDict, groups: tuple[str, ...]) -> dict
         if isinstance(value, dict):
             for key in sorted(value):
                 walk(f"{prefix}.{key}", value[key])
-        elif prefix not in NEVER_HASHED and (prefix, value) not in LATER.items():
+        elif prefix not in NEVER_HASHED:
             flat[prefix] = list(value) if isinstance(value, tuple) else value
 
     tree = cfg.to_dict()
     for group in groups:
-        walk(group, tree[group] if group in tree else LATER[group])
+        walk(group, tree.get(group, ""))
     return flat
 
 

@@ -101,7 +101,7 @@ def test_second_writer_is_kept_out_and_a_dead_one_is_not(tmp_path):
 
 def test_config_round_trip_keeps_tuples(tmp_path):
     cfg = ConfigDict({"a": (1, 2), "b": {"c": ((0, 1), "x")}, "text": {"name": "transformer"},
-                      "control_from": "runs/a"})
+                      "control_from": "runs/a", "init_from": ""})
     run_folder.write_config(epath.Path(tmp_path), cfg)
     assert run_folder.read_config(epath.Path(tmp_path)).to_dict() == cfg.to_dict()
 
@@ -109,7 +109,7 @@ def test_config_round_trip_keeps_tuples(tmp_path):
 def test_a_run_from_before_image_text_models_has_no_text_tower(tmp_path):
     run_folder.write_config(epath.Path(tmp_path), ConfigDict({"a": 1}))
     cfg = run_folder.read_config(epath.Path(tmp_path))
-    assert cfg.text.name == "none" and cfg.control_from == ""
+    assert cfg.text.name == "none" and cfg.control_from == cfg.init_from == ""
 
 
 def test_json_that_cannot_be_read_says_so(tmp_path):

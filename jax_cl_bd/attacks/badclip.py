@@ -96,6 +96,7 @@ def _train_surrogate(cfg, source, place, mesh):
         return
     mine = cfg.copy_and_resolve_references().unlock()
     mine.seed = cfg.seed + SURROGATE_SEED
+    mine.init_from = ""  # weights that exist already are named in attack.surrogate
     mine.train.update(steps=cfg.attack.surrogate_steps, epochs=0)
     rng = np.random.default_rng([mine.seed, len(source)])
     count = max(1, round(cfg.attack.surrogate_fraction * len(source)))

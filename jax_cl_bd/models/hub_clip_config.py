@@ -186,7 +186,7 @@ def _not_reproduced(given, side):
     size, crop = (_height_and_width(given.get(name)) for name in ("size", "crop_size"))
     told = []
     if given.get("do_center_crop", crop is not None):
-        if crop not in (None, (side, side)):
+        if crop is not None and set(crop) != {side}:
             told.append(f"crop_size = {given['crop_size']}")
     elif size is not None and len(size) == 2:
         told.append(f"size = {given['size']} without do_center_crop squashes an image")
