@@ -25,10 +25,9 @@ help:
 quickstart: install
 	$(RUN) -m jax_cl_bd --config=configs/quickstart.py --workdir=runs/quickstart
 
-# Two processes, each with its 8 simulated devices; programs as small as those of the tests run no
-# faster for XLA's costly optimisations. `make test-all` does without either.
+# Two processes, each with its 8 simulated devices.
 test: install-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
+	$(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
 
 test-all: install-test
 	$(RUN) -m pytest -q -rs

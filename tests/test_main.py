@@ -308,7 +308,7 @@ def test_a_report_reads_no_data():
 
 @pytest.mark.parametrize("error, ends", [
     (OSError("no route"), "the same command goes on where it stopped"),
-    (CorruptRow(3, "a.png", "cut short"), "in a new --workdir to leave such rows out"),
+    (CorruptRow(3, "a.png", "cut short"), "--config.data.skip_corrupt=True"),
     (NonFinite("lower optim.lr"), "lower optim.lr")])
 def test_the_way_on_is_the_errors_own(error, ends):
     assert stages.explain(error).endswith(ends)

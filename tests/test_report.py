@@ -274,7 +274,9 @@ def test_newcombes_published_intervals(one, other, low, high):
 def test_control_of_another_run_is_named(tmp_path):
     """By the name and seed in results.json; its curves are read from there, if they can be."""
     clean = write_run(tmp_path / "clean_5", config(5))
-    run_folder.write_json(clean / "control" / "pretrain" / "done.json", {})
+    settings = run_folder.settings_of(config(5), run_folder.PRETRAIN_GROUPS)
+    run_folder.begin(clean / "control" / "pretrain", settings)
+    run_folder.finish(clean / "control" / "pretrain", settings)
     cfg = config()
     cfg.control_from = str(clean)
     folder = write_run(tmp_path / "r", cfg)
