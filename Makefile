@@ -25,9 +25,10 @@ help:
 quickstart: install
 	$(RUN) -m jax_cl_bd --config=configs/quickstart.py --workdir=runs/quickstart
 
-# Two processes, each with its 8 simulated devices.
+# Two processes, each with its 8 simulated devices; most of the time goes into compiling, of programs
+# too small to gain by XLA's costly optimisations. `make test-all` leaves those on.
 test: install-test
-	$(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
 
 test-all: install-test
 	$(RUN) -m pytest -q -rs

@@ -126,21 +126,25 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 
 @pytest.mark.parametrize("at", [5, 10])
-def test_a_signal_is_obeyed_before_an_evaluation_that_is_made_up_for_later(tmp_path, at):
+def test_a_signal_is_obeyed_before_an_evaluation_that_is_made_up_for_later(tmp_path, at,
+                                                                           monkeypatch):
     def evaluate(state):
         return {"eval/step": float(state.step)}
 
-    def shot(state, data, batch):
-        jax.debug.callback(lambda s: s == at - 1 and os.kill(os.getpid(), signal.SIGTERM),
-                           state.step)
-        return step_fn(state, data, batch)
+    def shot(self, step):
+        for now, batch in enumerate(batches(self, step), 1):
+            if now == at:  # while its batch is fetched
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
     def evaluated():
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         return [line["eval/step"] for line in map(json.loads, lines) if "eval/step" in line]
 
-    with pytest.raises(Interrupted):
-        run(tmp_path, 10, step=shot, evaluate=evaluate)
+    batches = Feed.batches
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Feed, "batches", shot)
+        run(tmp_path, 10, evaluate=evaluate)
     assert at not in evaluated()
     for _ in range(2):
         run(tmp_path, 10, evaluate=evaluate)

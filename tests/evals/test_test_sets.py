@@ -13,6 +13,7 @@ from jax_cl_bd.evals import attack_metrics, knn, knn_1, linear_probe, test_sets
 from jax_cl_bd.triggers import blend, noise_patch, none, patch
 
 SIDE, SIZE = 16, 4
+GREY = (76, 77)  # what 0.3, between two levels of 8 bits, may be rounded to
 
 
 def _cfg(seed=0, **evals):
@@ -90,7 +91,7 @@ def test_a_four_corner_victim_is_measured_on_its_trigger(fixed):
         np.testing.assert_array_equal(shown[:, :SIZE, :SIZE], shown[:, -SIZE:, -SIZE:])
         changed = (data.images(f"random/{name}") != clean).any(-1).reshape(len(clean), -1)
         assert changed.sum(1).max() <= SIZE * SIZE  # one patch, elsewhere
-    assert (data.images("four_corners/occluded")[:, corners] == round(0.3 * 255)).all()
+    assert np.isin(data.images("four_corners/occluded")[:, corners], GREY).all()
     poison = noise_patch.apply(params, clean[:2] / 255, noise_patch.place(
         cfg.attack.trigger, np.full((2, 2), SIDE), np.random.default_rng(0), training=True),
         jax.random.key(1))
@@ -159,7 +160,7 @@ def test_variants_differ_from_clean_inside_their_boxes_alone(data):
         patches = {v: x[inside].reshape(len(boxes), -1) for v, x in variants.items()}
         for p in patches.values():
             assert (p == p[0]).all()
-        assert (patches["occluded"] == round(0.3 * 255)).all()
+        assert np.isin(patches["occluded"], GREY).all()
         assert not np.array_equal(patches["triggered"], patches["wrong"])
 
 
