@@ -69,7 +69,7 @@ def get_config(arg=""):
                    "dim": DIMS[a["tower"]], "in_modality": 1.0 if both else 0.0},
         optim={**common.ADAMW, "lr": 1e-3 if both else 5e-4, "warmup_steps": 10_000},
         evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
-                           fraction=0.1, downstream_test_split="", downstream_class_names=""),
+                           fraction=0.1),
         train=dict(steps=0, epochs=64, batch_size=1024 if both else 128, log_every=100,
                    save_every=5000, eval_every=10_000, steps_per_dispatch=1))
     return common.debug(cfg) if a["debug"] else cfg

@@ -162,7 +162,8 @@ def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
                 placements=("random", "center"), wrong_trigger=10, batch_size=512,
-                knn_k=200, knn_temperature=0.1) | changes
+                knn_k=200, knn_temperature=0.1, downstream_test_split="",
+                downstream_class_names="") | changes
 
 
 def config(**groups):

@@ -46,8 +46,8 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
         return test_sets.make(cfg, train, test, trigger)
     other = ml_collections.ConfigDict(cfg.to_dict())
     other.data.update({"name": cfg.downstream, "limit": 0,
-                       "test_split": cfg.evals.get("downstream_test_split") or cfg.data.test_split,
-                       "class_names": cfg.evals.get("downstream_class_names", "")})
+                       "test_split": cfg.evals.downstream_test_split or cfg.data.test_split,
+                       "class_names": cfg.evals.downstream_class_names})
     target = str(train.classes[cfg.attack.target])
     own = None
     if not test_sets.has_labels(train):

@@ -93,16 +93,22 @@ def add_excess(victim_row: dict, control_row: dict | None) -> dict:
     if not rivals:
         return victim_row
     name = max(rivals, key=lambda r: rivals[r][0])
-    p1, (l1, u1) = (victim_row["attack_success_rate"],
-                    victim_row["intervals"]["attack_success_rate"])
-    p2, (l2, u2) = rivals[name]
-    victim_row["excess"] = p1 - p2
+    own = victim_row["attack_success_rate"], victim_row["intervals"]["attack_success_rate"]
+    victim_row["excess"] = own[0] - rivals[name][0]
     victim_row["excess_over"] = name
-    victim_row["intervals"]["excess"] = [
-        float(p1 - p2 - np.hypot(p1 - l1, u2 - p2)),
-        float(p1 - p2 + np.hypot(u1 - p1, p2 - l2)),
-    ]
+    victim_row["intervals"]["excess"] = newcombe(own, rivals[name])
     return victim_row
+
+
+def newcombe(one: tuple, other: tuple) -> list[float]:
+    """95 % interval of a rate minus another, both (rate, its Wilson interval).
+
+    Source: Newcombe (Interval estimation for the difference between independent proportions, 1998,
+    method 10).
+    """
+    (p1, (l1, u1)), (p2, (l2, u2)) = one, other
+    return [float(p1 - p2 - np.hypot(p1 - l1, u2 - p2)),
+            float(p1 - p2 + np.hypot(u1 - p1, p2 - l2))]
 
 
 def rows(probe: str, predict, data, encoder, **notes) -> dict[str, dict]:

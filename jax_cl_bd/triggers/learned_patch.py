@@ -22,14 +22,16 @@ def check(cfg) -> None:
 def init(cfg, key: jax.Array) -> dict[str, np.ndarray]:
     """Draws {"image": float32 [size, size, 3] in [0, 1] in steps of 1 / 255, "opacity"}."""
     check(cfg)
-    pixels = jnp.clip(0.5 + 0.25 * jax.random.normal(key, (cfg.size, cfg.size, 3)), 0.0, 1.0)
-    return {"image": stored(pixels), "opacity": np.float32(cfg.opacity)}
+    return {"image": _random(key, (cfg.size, cfg.size, 3)), "opacity": np.float32(cfg.opacity)}
 
 
 def same_kind(params: dict[str, np.ndarray], key: jax.Array) -> dict[str, np.ndarray]:
     """A random patch of the same size and opacity: what optimisation starts from."""
-    pixels = jnp.clip(0.5 + 0.25 * jax.random.normal(key, params["image"].shape), 0.0, 1.0)
-    return {**params, "image": stored(pixels)}
+    return {**params, "image": _random(key, params["image"].shape)}
+
+
+def _random(key, shape):
+    return stored(jnp.clip(0.5 + 0.25 * jax.random.normal(key, shape), 0.0, 1.0))
 
 
 def stored(pixels) -> np.ndarray:
