@@ -7,7 +7,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from jax_cl_bd import run_folder
+from jax_cl_bd import host_memory, run_folder
 from jax_cl_bd.errors import UserError, unknown
 
 STAGES = ("poison", "pretrain", "evaluate", "defend", "report")
@@ -57,6 +57,7 @@ def _one_line(text: str) -> str:
 def main(argv: list[str]) -> None:
     """Checks everything, then runs the stages that are not complete, in their order."""
     parse_flags(argv)
+    host_memory.keep_pages()
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
     from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
 

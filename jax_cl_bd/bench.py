@@ -19,7 +19,7 @@ from etils import epath
 from jax import monitoring
 from ml_collections import config_flags
 
-from jax_cl_bd import optim, parallel, poison, pretrain
+from jax_cl_bd import host_memory, optim, parallel, poison, pretrain
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
@@ -229,6 +229,7 @@ def main(argv: list[str]) -> None:
         raise UserError(" ".join(str(error).split())) from None
     if len(names) != 1 or names[0] not in BENCHES:
         raise unknown("benchmark", names[0] if names else "", BENCHES)
+    host_memory.keep_pages()
     result = BENCHES[names[0]](CONFIG.value)
     result["devices"] = [d.device_kind for d in jax.devices()]
     if JSON.value:
