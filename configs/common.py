@@ -158,6 +158,21 @@ def fine_tune(*, clean_fraction, batch_size, steps, lr):
                 epochs=0, optim={**ADAMW, "lr": lr, "warmup_steps": 50})
 
 
+def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rates,
+                    oracle="ground_truth", error=0.1):
+    """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
+    `error` of images, or classifier. Thresholds are those of papers/multimodal 1.3."""
+    return dict(name="oracle_finetune", clean_fraction=clean_fraction,
+                validation_split=validation_split, batch_size=batch_size, steps=steps,
+                rates=tuple(rates), points=3, may_lose=0.02, in_modality=0.0,
+                optim={**ADAMW, "warmup_steps": 50},
+                oracle=dict(name=oracle, error=error, steps=1500),
+                scan=dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
+                          evidence="transplant"),
+                curate=dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,
+                            rho=0.5, flips=32, correlation=0.7, searched=300))
+
+
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
@@ -208,4 +223,10 @@ def debug(cfg):
         cfg.data.update(scenes_train=200, scenes_test=100)
     if cfg.defense.name != "none":
         cfg.defense.update(steps=2, batch_size=16, clean_fraction=0.25)
+    if "rates" in cfg.defense:
+        cfg.defense.update(rates=cfg.defense.rates[:1], points=2)
+    if "oracle" in cfg.defense:
+        cfg.defense.oracle.steps = 2
+        cfg.defense.scan.update(screen=40, limit=4)
+        cfg.defense.curate.searched = 2
     return cfg

@@ -1,9 +1,7 @@
 """defend: runs one defense on the victim and on the control, and measures what comes out."""
 
 import copy
-import dataclasses
 import time
-from typing import Any
 
 import jax
 import ml_collections
@@ -12,19 +10,13 @@ from etils import epath
 
 from jax_cl_bd import evaluate, lookup, parallel, poison, run_folder
 from jax_cl_bd.data import sources
+from jax_cl_bd.data.pool import Pool
+from jax_cl_bd.defenses import front
+from jax_cl_bd.defenses.given import Given, Truth
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 
 STREAM = 3  # of cfg.seed
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """What the benchmark knows and a defender does not; for scoring alone (design 3)."""
-
-    plan: Any
-    target: int
-    trigger: Any
 
 
 def clean_rows(plan, rows: int, fraction: float, seed: int) -> np.ndarray:
@@ -43,6 +35,22 @@ def clean_rows(plan, rows: int, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, STREAM]).permutation(free)[:count])
 
 
+def validation(cfg: ml_collections.ConfigDict):
+    """Images that neither training nor tests know, for a defense that chooses by them (its
+    `validation_split` names a split of the data); else None.
+
+    Raises:
+        UserError: that split is the one that is trained or tested on, or does not exist.
+    """
+    split = cfg.defense.get("validation_split", "")
+    if not split:
+        return None
+    if split in (cfg.data.train_split, cfg.data.test_split):
+        raise UserError(f"defense.validation_split={split!r} is also trained or tested on; name "
+                        "another split of the data, or a slice of one")
+    return sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
+
+
 def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled.
 
@@ -53,6 +61,7 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     if not 0 < cfg.defense.clean_fraction <= 1:
         raise UserError(f"defense.clean_fraction={cfg.defense.clean_fraction} must lie in (0, 1]")
+    validation(cfg)
     defense.check(cfg, round(cfg.defense.clean_fraction * rows))
 
 
@@ -66,13 +75,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     mesh = parallel.make_mesh(cfg.mesh)
-    plan, _ = poison.load(victim)
+    plan, rows = poison.load(victim)
     source = sources.load(cfg.data, "train")
-    data = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
-                                             cfg.seed))
+    clean = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
+                                              cfg.seed))
+    pools = {"victim": Pool(source, plan, rows), "control": Pool(source)}  # what each has seen
+    held_out = validation(cfg)
     trigger = poison.load_trigger(cfg, victim)
     tests = evaluate.test_data(cfg, trigger)
-    truth = Truth(plan, cfg.attack.target, trigger)
     key = jax.random.key(cfg.seed * 16 + STREAM)
     out = folder / "defenses" / cfg.defense.name
     results = {}
@@ -83,12 +93,16 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
         suspects.append(("control", control, out / "control"))
     for label, place, where in suspects:
         suspect = encoders.load(place, mesh)
+        truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison)
+        data = Given(clean, held_out, pools[label])
         outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)
         row = {"verdict": outcome.verdict}
         if outcome.variables is not None:
             repaired = encoders.of_parts(outcome.cfg, outcome.variables, mesh,
                                          suspect.pair and suspect.pair.tokenizer)
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
+            if outcome.points:
+                row["front"] = front.measure(outcome, suspect, tests, mesh)
         run_folder.write_json(where / "report.json", outcome.report)
         results[label] = row
     if uses_victim and control == victim:
@@ -97,7 +111,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
     undefended = _undefended_control(cfg, folder, victim)
     for label, row in results.items():
-        probes = {k: v for k, v in row.items() if k != "verdict"}
+        probes = {k: v for k, v in row.items() if k not in ("verdict", "front")}
         rival = results.get("control", undefended) if label == "victim" else None
         evaluate.add_excess(probes, rival)
     found = results["victim"] | {"seconds": round(time.monotonic() - began, 1)}

@@ -2,7 +2,7 @@
 
 One object, or two that do not touch, on a background; shape, colours, textures, sizes and places
 vary. Every row is a pure function of (split, row), so a split has any length and its first rows do
-not change with it; the draws of the two splits have different constant seeds, and none depends on
+not change with it; the draws of the splits have different constant seeds, and none depends on
 the training seed. The label is the shape of the first, larger object.
 """
 
@@ -24,7 +24,7 @@ BACKGROUND_COLORS = {"red": (.38, .14, .14), "green": (.12, .30, .14), "blue": (
 TEXTURES = ("solid", "striped", "dotted", "checkered", "shaded")
 BACKGROUNDS = ("plain", "gradient", "tiled", "lined", "noisy", "cloudy", "wavy")
 SIZES = ("small", "large")
-_SEEDS = {"train": 100, "test": 200}
+_SEEDS = {"train": 100, "test": 200, "validation": 300}
 _CAPTIONS, _WORDING, _NOISE = 1000, 2000, 3000  # added to a split's seed
 _FIELDS = ("shape", "color", "texture", "size", "across", "down", "angle", "shade",  # first object
            "background", "background_color", "direction", "phase", "background_shade",
@@ -41,7 +41,7 @@ class Scenes:
     """One split.
 
     Args:
-        split: "train" or "test".
+        split: "train", "test" or "validation".
         rows: how many.
         side: S, pixels.
         objects: 1 or 2 in every scene.
@@ -110,10 +110,11 @@ class Scenes:
 
 
 def load(cfg, split: str) -> Scenes:
-    """Opens "train" or "test".
+    """Opens "train", "test" or "validation", which share no row.
 
     Reads cfg.image_size (32 to 64), captions_per_row (0: one for each of the 80 prompts), and with
-    defaults scenes_train = 8000 and scenes_test = 1000 rows and scenes_objects = 1 (or 2).
+    defaults scenes_train = 8000, scenes_test = scenes_validation = 1000 rows and scenes_objects = 1
+    (or 2).
 
     Raises:
         UserError: a setting out of range, an unknown split.
@@ -122,7 +123,7 @@ def load(cfg, split: str) -> Scenes:
         raise unknown("split of scenes", split, _SEEDS)
     if not 32 <= cfg.image_size <= 64:
         raise UserError(f"data.image_size is {cfg.image_size}; scenes are drawn at 32 to 64")
-    rows = cfg.get(f"scenes_{split}", {"train": 8000, "test": 1000}[split])
+    rows = cfg.get(f"scenes_{split}", {"train": 8000}.get(split, 1000))
     objects = cfg.get("scenes_objects", 1)
     if rows < 1:
         raise UserError(f"data.scenes_{split} is {rows}; it must be positive")

@@ -165,8 +165,9 @@ class _Feed:
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
-    """Trains a student on the clean images `data` to imitate `victims[0]`; never uses `truth`."""
+    """Trains a student on the clean images to imitate `victims[0]`; never uses `truth`."""
     del truth
+    data = data.clean
     suspect = victims[0]
     label = "control" if folder.name == "control" else "victim"
     d = cfg.defense

@@ -29,8 +29,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
-    """Goes on training `victims[0]` on the clean pairs `data`; never uses `truth`."""
+    """Goes on training `victims[0]` on the clean pairs `data.clean`; never uses `truth`."""
     del truth
+    data = data.clean
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.train.batch_size = cfg.defense.batch_size
     own.objective.in_modality = 0.0

@@ -12,9 +12,11 @@ class Outcome:
 
     variables: {"params": {part: ...}, "batch_stats": {part: ...}} of the repaired model, described
     by `cfg`; of an encoder of images its part "encoder" is enough.
+    points: all that a repair tried (_sweep.Point), the chosen one among them.
     """
 
     verdict: dict[str, Any]
     variables: Any
     report: dict[str, Any]
     cfg: ml_collections.ConfigDict | None = None
+    points: list = dataclasses.field(default_factory=list)

@@ -32,9 +32,10 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
-    """Trains cfg.objective on the clean images `data`; `truth` and the victim's weights are not
-    looked at (of an image-text model its tokenizer is used)."""
+    """Trains cfg.objective on the clean images `data.clean`; `truth` and the victim's weights are
+    not looked at (of an image-text model its tokenizer is used)."""
     del truth
+    data = data.clean
     pair = victims[0].pair
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.train.batch_size = cfg.defense.batch_size

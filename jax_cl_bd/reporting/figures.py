@@ -196,6 +196,29 @@ def patch(image: np.ndarray) -> bytes:
     return _png(figure)
 
 
+def front(found: dict) -> bytes:
+    """Clean accuracy against attack success of a repair's points: a line per learning rate, the
+    suspect as a cross, the defender's choice ringed."""
+    figure, axis = _blank(5.2, 3.6)
+    rates_of = list(dict.fromkeys(p["rate"] for p in found["points"]))
+    for i, rate in enumerate(rates_of):
+        own = [p for p in found["points"] if p["rate"] == rate]
+        axis.plot([100 * p["attack_success_rate"] for p in own],
+                  [100 * p["clean_accuracy"] for p in own], "o-", markersize=4, linewidth=1.2,
+                  color=DEFENSE_COLORS[i % len(DEFENSE_COLORS)], label=f"rate {rate:g}")
+    chosen = next(p for p in found["points"] if p["chosen"])
+    axis.plot(100 * chosen["attack_success_rate"], 100 * chosen["clean_accuracy"], "o",
+              markersize=12, markerfacecolor="none", color=INK, label="defender's choice")
+    start = found["start"]
+    axis.plot(100 * start["attack_success_rate"], 100 * start["clean_accuracy"], "x",
+              markersize=9, color=COLORS["victim"], label="suspect")
+    axis.set_xlim(-3, 103)
+    axis.set_xlabel("attack success rate (%)")
+    axis.set_ylabel("clean accuracy (%)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return _png(figure)
+
+
 def points(groups: list[tuple[str, dict[str, np.ndarray]]], intervals: dict, defenses: list[str], *,
            xlabel: str) -> bytes:
     """Every run's value with mean and interval: a panel per group, a row per encoder."""

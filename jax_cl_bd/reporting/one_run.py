@@ -1,19 +1,13 @@
 """The report of one run folder, section by section."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from jax_cl_bd.reporting import differences, figures, html, image_text, training, words
+from jax_cl_bd.reporting import defenses, figures, html, image_text, training, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.pairs import pair_probability
 from jax_cl_bd.reporting.read import Run, probes
+from jax_cl_bd.reporting.tables import differences_table, flat, heading, rates_table
 
-COLUMNS = (("clean_accuracy", "clean accuracy"), ("triggered_accuracy", "triggered accuracy"),
-           ("attack_success_rate", "attack success rate"),
-           ("clean_target_rate", "clean target rate"), ("occlusion_rate", "occlusion rate"),
-           ("wrong_trigger_rate", "wrong trigger rate"), ("same_kind_rate", "same kind rate"),
-           ("excess", "excess"))
 MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson interval. Accuracies "
            "count all classes, the other rates only images of other classes than the target, taken "
            "for the target. Excess is the attack success rate minus the largest of occlusion rate, "
@@ -28,7 +22,7 @@ def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
                 html.paragraph(words.headline(run), "headline"), tiles(run),
                 poison(run, pictures), training.section(run, pictures), measured(run, pictures),
                 image_text.measures(run), image_text.section(run), features(run, pictures),
-                defended(run), about(run, command)]
+                defenses.section(run, pictures), about(run, command)]
     return html.page(words.title(run), list(filter(None, sections))), pictures
 
 
@@ -145,54 +139,6 @@ def measured(run: Run, pictures: list[Picture]) -> str:
     return html.section("Measured", *parts)
 
 
-def heading(name: str, rows: dict) -> str:
-    """Probe, placement and settings of one table."""
-    protocol = next(iter(rows.values())).get("protocol", {})
-    probe, _, placement = name.partition(":")
-    placement = placement or protocol.get("placement", "")
-    wording = ""
-    if probe == "zero_shot":  # no labelled image is used
-        wording = (f"{protocol['templates']} {'held-out ' if placement == 'held_out' else ''}"
-                   "templates" if "templates" in protocol else "")
-        placement = protocol.get("placement", "") if placement == "held_out" else placement
-        protocol = {}
-    known = [f"trigger {'at the centre' if placement == 'center' else 'at random places'}"
-             if placement in ("random", "center") else "", wording,
-             f"{protocol['labelled_rows']:,} labelled images" if "labelled_rows" in protocol
-             else "", f"k = {protocol['k']}" if "k" in protocol else ""]
-    return " · ".join(filter(None, (words.probe_name(probe), *known)))
-
-
-def rates_table(rows: dict[str, dict], names: dict[str, str] | None = None) -> str:
-    """Encoders as rows, rates with intervals as columns, false positives as counts."""
-    columns = [(key, label) for key, label in COLUMNS if any(key in r for r in rows.values())]
-    body = []
-    for encoder, row in rows.items():
-        cells = [percent(row.get(key), row["intervals"].get(key), signed=key == "excess")
-                 if row.get(key) is not None else "–" for key, _ in columns]
-        if "target_false_positives" in row:
-            cells.append(f"{row['target_false_positives']:,} of "
-                         f"{row['n']['attack_success_rate']:,}")
-        body.append([(names or {}).get(encoder, words.name_of(encoder)), *cells])
-    header = ["encoder", *(label for _, label in columns)]
-    if any("target_false_positives" in r for r in rows.values()):
-        header.append("target false positives")
-    body = [cells + ["–"] * (len(header) - len(cells)) for cells in body]
-    return html.table(header, body)
-
-
-def differences_table(rows: dict[str, dict]) -> str:
-    """Each encoder against its control, with intervals; empty without a control."""
-    body = []
-    for one, other in differences.compared(rows):
-        found = [differences.newcombe(rows[one], rows[other], key)
-                 for key, _ in differences.FIGURES]
-        body.append([f"{words.name_of(one)} \N{MINUS SIGN} {words.name_of(other)}",
-                     *(percent(d[0], d[1:], signed=True) if d else "–" for d in found)])
-    return html.table(["difference", *(name for _, name in differences.FIGURES)],
-                      body) if body else ""
-
-
 def features(run: Run, pictures: list[Picture]) -> str:
     """Where triggered images lie among the clean ones."""
     parts, shown = [], []
@@ -246,30 +192,6 @@ def alignment_table(rows: dict[str, dict]) -> str:
          f"{r['spread_ratio']:.3f}"] for label, r in rows.items()])
 
 
-def defended(run: Run) -> str:
-    """Each defense: its verdict, and the repaired encoder beside the one that it was given."""
-    if not run.defenses:
-        return html.section("Defenses", html.paragraph("No defense was run.", "note"))
-    parts = []
-    for name, found in run.defenses.items():
-        parts.append(f"<h3>{html.text(name)}</h3>")
-        known = [(k.replace("_", " "), v) for k, v in flat(found.get("verdict", {}))]
-        if "seconds" in found:
-            known.append(("seconds", f"{found['seconds']:,.0f}"))
-        parts.append(html.pairs(known))
-        twin = found.get("control", {})
-        for probe, row in probes(found).items():
-            rows = {"victim": run.results.get("victim", {}).get(probe), "repaired": row,
-                    "control": run.results.get("control", {}).get(probe),
-                    "twin": twin.get(probe)}
-            names = {"repaired": f"victim after {name}", "twin": f"control after {name}"}
-            rows = {label: r for label, r in rows.items() if r}
-            parts += [html.paragraph(heading(probe, {"": row}), "note"), rates_table(rows, names)]
-        if not twin:
-            parts.append(html.paragraph("The defense was not run on a control.", "note"))
-    return html.section("Defenses", *parts)
-
-
 def about(run: Run, command: str | None) -> str:
     """What it takes to run this again."""
     parts = []
@@ -287,14 +209,3 @@ def about(run: Run, command: str | None) -> str:
     settings = html.pairs(flat(run.cfg.to_dict()))
     parts.append(f"<details><summary>All settings (config.json)</summary>{settings}</details>")
     return html.section("This run", *parts)
-
-
-def flat(tree: dict, prefix: str = "") -> Sequence[tuple[str, object]]:
-    """Nested settings as (dotted name, value)."""
-    out = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out += flat(value, f"{prefix}{key}.")
-        else:
-            out.append((f"{prefix}{key}", value))
-    return out

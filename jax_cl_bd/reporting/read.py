@@ -27,6 +27,7 @@ class Run:
     borrowed: dict | None  # {"folder", "seed"} of the run whose control this is; None: its own
     same_trigger: bool  # whether the control's own run had this run's trigger and target
     settings: dict[str, dict]  # defense -> defenses/<name>/settings.json
+    shown: dict[str, dict[str, tuple[bytes, str]]]  # defense -> picture -> (PNG, caption)
     trigger: dict[str, np.ndarray] | None = None  # poison/trigger/params.npz
     optimisation: dict | None = None  # poison/trigger/optimisation.json, of a learned trigger
     examples: dict | None = None  # evaluate/examples.json, of an image-text run
@@ -88,6 +89,8 @@ def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Ru
         borrowed=_borrowed(cfg, results), same_trigger=same_trigger,
         settings={name: _json(folder / "defenses" / name / "settings.json") or {}
                   for name in (results or {}).get("defenses", {})},
+        shown={name: _pictures(folder / "defenses" / name)
+               for name in (results or {}).get("defenses", {})},
         trigger=_arrays_if(victim / "poison" / "trigger" / "params.npz"),
         optimisation=_json(victim / "poison" / "trigger" / "optimisation.json"),
         examples=_json(folder / "evaluate" / "examples.json"),
@@ -109,6 +112,13 @@ def _control(cfg, victim):
               for path in (victim, theirs)]
     return place, (same and pixels[0].keys() == pixels[1].keys()
                    and all(np.array_equal(v, pixels[1][k]) for k, v in pixels[0].items()))
+
+
+def _pictures(place):
+    """What report.json of a defense lists under "pictures", file -> caption."""
+    listed = (_json(place / "report.json") or {}).get("pictures", {})
+    return {epath.Path(name).stem: ((place / name).read_bytes(), caption)
+            for name, caption in listed.items() if (place / name).exists()}
 
 
 def _borrowed(cfg, results):

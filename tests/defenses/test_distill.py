@@ -14,6 +14,7 @@ from jax_cl_bd import defend, lookup, parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import distill, retrain
+from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
@@ -82,8 +83,9 @@ def test_length_of_the_queues():
 
 
 def test_every_defense_is_held_to_the_truth_test():
-    # fine_tune, of image-text models, in test_fine_tune.py.
-    assert lookup.methods("defenses", offers="run") == ["distill", "fine_tune", "retrain"]
+    # Those of image-text models in test_fine_tune.py and test_oracle_finetune.py.
+    assert lookup.methods("defenses", offers="run") == ["distill", "fine_tune", "oracle_finetune",
+                                                        "retrain"]
 
 
 @pytest.mark.parametrize("method", [distill, retrain])
@@ -94,7 +96,7 @@ def test_the_truth_changes_nothing(tmp_path, method):
     victim = encoder.make(cfg, {c: start[c]["encoder"] for c in start}, mesh)
     data = sources.Subset(sources.load(cfg.data, "train"), np.arange(60))
     truth = defend.Truth(Plan.empty(), 3, None)
-    found = [method.run(cfg, [victim], data, t, mesh, epath.Path(tmp_path / name),
+    found = [method.run(cfg, [victim], Given(data), t, mesh, epath.Path(tmp_path / name),
                         jax.random.key(0)) for name, t in (("with", truth), ("without", None))]
     assert found[0].verdict == found[1].verdict
     if method is distill:  # 3 batches of 16 out of 60 in a queue of 32: some images come again
@@ -119,8 +121,8 @@ def test_a_queue_longer_than_the_images_with_and_without_the_mask(tmp_path):
         cfg = settings(**{"defense.queue": 64, "defense.mask_own": mask})
         distill.check(cfg, len(data))
         victim = encoder.make(cfg, {c: start[c]["encoder"] for c in start}, mesh)
-        found = distill.run(cfg, [victim], data, None, mesh, epath.Path(tmp_path / str(mask)),
-                            jax.random.key(0)).verdict
+        found = distill.run(cfg, [victim], Given(data), None, mesh,
+                            epath.Path(tmp_path / str(mask)), jax.random.key(0)).verdict
         assert found["queue"] == 64
         entropy[mask] = found["entropy_of_p"]
     # the teacher is the same: only what its distribution may see differs

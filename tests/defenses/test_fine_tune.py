@@ -11,6 +11,7 @@ from jax_cl_bd import defend, parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.defenses import distill, fine_tune
+from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
@@ -32,7 +33,7 @@ def tuned(cfg, folder, lr, truth=None):
     variables = training.first_variables(mine)
     before = jax.tree.map(np.array, variables)
     victim = encoder.of_parts(mine, variables, mesh, texts.make_tokenizer(mine, data))
-    outcome = fine_tune.run(mine, [victim], data, truth, mesh, epath.Path(folder),
+    outcome = fine_tune.run(mine, [victim], Given(data), truth, mesh, epath.Path(folder),
                             jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, variables))
     return before, outcome, victim

@@ -1,0 +1,197 @@
+"""FindAdversarialTrigger: where the suspect model sees an object that the oracle does not.
+
+EftCLIP (Hossain et al., arXiv 2511.13545), Algorithm 1, of which a summary is public and no code
+(papers/multimodal 1.1). From the paper: the objects L that the suspect claims, those S that the
+oracle grounds, P = L \\ S, and the suspect's opinion of the oracle's regions, which decides what
+stays in P. Reconstructed here, and so named in docs/papers.md: every threshold; the claim test
+p >= 2 / C; which crop a region is shown in (`evidence`: "crop", resized as the summary has it, or
+"transplant", at its own size and place on a plain canvas and on clean images, since a resized patch
+may trigger nothing); the counterfactual (the region filled with the image's mean takes the label
+away, and what is then seen is what the oracle grounds); the choice among regions that pass
+(confident and small); and the order in which images are scanned.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from jax_cl_bd.data import images
+from jax_cl_bd.defenses import _regions
+
+EVIDENCE = ("transplant", "crop")
+_BLOCK = 256  # images that one call of the suspect sees: one shape, one compile
+_CANVASES = 4  # clean images that a region is moved to, beside a plain one
+_KEPT = 24  # regions of an image that pass the counterfactual and are looked at further
+_MARGIN = 0.1  # around a crop, share of its sides
+_AREA_WEIGHT = 7.0  # what a region's share of the image costs, against the label's probability
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """The model under suspicion as a zero-shot classifier.
+
+    probabilities: uint8 [N, S, S, 3] -> float32 [N, C].
+    """
+
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    side: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A region that may hold a trigger: `row` of the pool, suspected `label`, the region's `box`
+    (y, x, height, width), its `pixels` uint8 [h, w, 3], and how surely it carries the label."""
+
+    row: int
+    label: int
+    box: tuple[int, int, int, int]
+    pixels: np.ndarray
+    score: float
+
+
+def suspect_of(encoder, head: np.ndarray) -> Suspect:
+    """Wraps an image-text encoder and its class embeddings [C, E] (evals/zero_shot.py)."""
+    seen = dataclasses.replace(encoder, batch_size=_BLOCK, watchers=[])
+
+    def probabilities(x):
+        n = len(x)
+        x = np.concatenate([x, np.zeros((-n % _BLOCK, *x.shape[1:]), np.uint8)])
+        logits = seen.logit_scale * seen.project(seen.image(x))[:n] @ head.T
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+    return Suspect(probabilities, encoder.image_size)
+
+
+def claims(probabilities: np.ndarray, grounded: np.ndarray, *, top: int,
+           sure: float) -> list[np.ndarray]:
+    """P = L \\ S of each image: the labels among its `top` that the suspect claims (p >= 2 / C, and
+    its first answer always) and the oracle grounds with less than `sure`."""
+    count = probabilities.shape[1]
+    found = []
+    for p, seen in zip(probabilities, grounded):
+        order = np.argsort(-p, kind="stable")[:top]
+        claimed = order[(p[order] >= 2 / count) | (order == order[0])]
+        found.append(claimed[seen[claimed] < sure])
+    return found
+
+
+def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: np.ndarray,
+             canvases: tuple[np.ndarray, np.ndarray], *, sure: float, confident: float,
+             evidence: str) -> list[tuple[int, tuple[int, ...], float]]:
+    """Algorithm 1 on one image: (label, box, score) for every label of P that a region explains.
+
+    Args:
+        labels: P, see `claims`. grounded: float [C], the oracle's opinion of the image.
+        canvases: see `canvases_of`; those of the label itself are not used.
+        sure: from what score on the oracle grounds a label (tau_s).
+        confident: probability that a crop must reach (tau_r), for evidence "crop".
+    """
+    boxes = _regions.boxes(image)
+    if not len(boxes) or not len(labels):
+        return []
+    without = suspect.probabilities(np.stack([_filled(image, box) for box in boxes]))
+    answer = without.argmax(1)
+    # What is seen without the region must be what the oracle grounds, or thinks likeliest.
+    believed = (grounded[answer] >= sure) | (answer == grounded.argmax())
+    found = []
+    for label in labels:
+        passed = np.flatnonzero((answer != label) & believed)
+        passed = passed[np.argsort(without[passed, label], kind="stable")][:_KEPT]
+        if not len(passed):
+            continue
+        others = canvases[0][canvases[1] != label][:_CANVASES]
+        ok, p = _opinion(suspect, image, boxes[passed], label, others, confident, evidence)
+        if not ok.any():
+            continue
+        share = boxes[passed, 2] * boxes[passed, 3] / image[..., 0].size
+        score = np.where(ok, p - _AREA_WEIGHT * share, -np.inf)
+        best = int(score.argmax())
+        found.append((int(label), tuple(int(v) for v in boxes[passed[best]]), float(p[best])))
+    return found
+
+
+def _opinion(suspect, image, boxes, label, canvases, confident, evidence):
+    """Whether the suspect sees the label in each region by itself, and with which probability."""
+    if evidence == "crop":
+        p = suspect.probabilities(np.stack([_crop(image, box) for box in boxes]))
+        return (p.argmax(1) == label) & (p[:, label] >= confident), p[:, label]
+    plain = np.broadcast_to(_mean(image), image.shape)
+    shown = [_moved(image, box, canvas) for box in boxes for canvas in (plain, *canvases)]
+    p = suspect.probabilities(np.stack(shown)).reshape(len(boxes), 1 + len(canvases), -1)
+    hits = (p.argmax(2) == label).sum(1)
+    return hits >= 0.6 * (1 + len(canvases)), p[:, :, label].mean(1)  # three of five
+
+
+def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], grounded: np.ndarray,
+         canvases: tuple[np.ndarray, np.ndarray], settings,
+         progress) -> tuple[list[Candidate], dict]:
+    """Looks for triggers in some rows of the pool, the most telling label first.
+
+    Rows are queued by the label that the suspect claims in vain. In turn the label is taken of
+    which the largest share of the images looked at gave a candidate, (found + 1) / (seen + 2), so
+    poisons are found among many wrong claims without looking at all of them. Stops when one label
+    has `settings.enough` candidates and at `settings.limit` images.
+
+    Args:
+        rows: int64 [N], in the order in which they are tried. wanted: P of each row.
+        grounded: float32 [N, C], the oracle's opinion.
+    Returns:
+        The candidates, and {"seen": int [C], "found": int [C]} by label.
+    """
+    count = grounded.shape[1]
+    queues = {label: [i for i in range(len(rows)) if len(wanted[i]) and wanted[i][0] == label]
+              for label in range(count)}
+    seen, found = np.zeros(count, int), np.zeros(count, int)
+    candidates = []
+    while seen.sum() < settings.limit and found.max() < settings.enough:
+        open_labels = [label for label in range(count) if queues[label]]
+        if not open_labels:
+            break
+        label = max(open_labels, key=lambda c: (found[c] + 1) / (seen[c] + 2))
+        i = queues[label].pop(0)
+        seen[label] += 1
+        image = images.test_image(pool[int(rows[i])]["image"], suspect.side)
+        for own, box, score in in_image(suspect, image, wanted[i], grounded[i], canvases,
+                                        sure=settings.sure, confident=settings.confident,
+                                        evidence=settings.evidence):
+            y, x, height, width = box
+            candidates.append(Candidate(int(rows[i]), own, box,
+                                        image[y:y + height, x:x + width].copy(), score))
+            found[own] += 1
+        progress.update(0, f"{seen.sum()} images scanned, {found.sum()} candidates")
+    return candidates, {"seen": seen, "found": found}
+
+
+def canvases_of(source, labels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clean images of different classes, one more than are needed: uint8 [K, S, S, 3], their
+    labels int [K]."""
+    classes = np.unique(labels[labels >= 0])[:_CANVASES + 1]
+    rows = [np.flatnonzero(labels == c)[0] for c in classes]
+    return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows]), classes
+
+
+def _mean(x):
+    return np.rint(x.reshape(-1, 3).mean(0)).astype(np.uint8)
+
+
+def _filled(image, box):
+    y, x, height, width = box
+    out = image.copy()
+    out[y:y + height, x:x + width] = _mean(image)
+    return out
+
+
+def _moved(image, box, canvas):
+    y, x, height, width = box
+    out = np.array(canvas)
+    out[y:y + height, x:x + width] = image[y:y + height, x:x + width]
+    return out
+
+
+def _crop(image, box):
+    y, x, height, width = box
+    down, across = round(_MARGIN * height), round(_MARGIN * width)
+    part = image[max(0, y - down):y + height + down, max(0, x - across):x + width + across]
+    return images.resize(part, *image.shape[:2])

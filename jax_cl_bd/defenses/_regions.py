@@ -1,0 +1,54 @@
+"""Regions of an image that may be objects or patches: boxes by a classical segmenter and a grid.
+
+The stand-in, without a download, for a segmentation model in everything-mode (EftCLIP, arXiv
+2511.13545, uses FastSAM): superpixels by Felzenszwalb and Huttenlocher's graph segmentation (IJCV
+2004) and by SLIC (Achanta et al., PAMI 2012), each at several scales, through scikit-image; and
+square windows, for a patch without an edge that a segmenter sees. No ground truth takes part: a
+true object mask knows nothing of the trigger.
+"""
+
+import numpy as np
+from skimage import segmentation
+
+SMALLEST, LARGEST = 0.001, 0.15  # share of the image's area (papers/multimodal 1.3: a_min, a_max)
+_SCALES = (20, 60, 150)  # of Felzenszwalb's segmentation
+_SUPERPIXELS = (30, 80)  # of SLIC
+_WINDOWS = (1 / 8, 3 / 16, 1 / 4)  # sides, as shares of the image's; they overlap by half
+
+
+def boxes(image: np.ndarray) -> np.ndarray:
+    """Boxes int [R, 4] (y, x, height, width) in pixels of regions of a uint8 image [H, W, 3],
+    ascending, each once."""
+    height, width = image.shape[:2]
+    found = set(_windows(height, width))
+    smallest = max(4, round(0.008 * height * width))
+    for scale in _SCALES:
+        found |= _of_segments(segmentation.felzenszwalb(image, scale=scale, sigma=0.3,
+                                                        min_size=smallest))
+    for count in _SUPERPIXELS:
+        found |= _of_segments(segmentation.slic(image, n_segments=count, compactness=10,
+                                                start_label=0, channel_axis=-1))
+    allowed = sorted(box for box in found if min(box[2:]) >= 2
+                     and SMALLEST <= box[2] * box[3] / (height * width) <= LARGEST)
+    return np.array(allowed, np.int64).reshape(-1, 4)
+
+
+def _of_segments(labels):
+    found = set()
+    for value in range(int(labels.max()) + 1):
+        y, x = np.nonzero(labels == value)
+        if len(y):
+            found.add((int(y.min()), int(x.min()), int(np.ptp(y)) + 1, int(np.ptp(x)) + 1))
+    return found
+
+
+def _windows(height, width):
+    for share in _WINDOWS:
+        side = max(2, round(share * min(height, width)))
+        for y in _starts(height, side):
+            for x in _starts(width, side):
+                yield y, x, side, side
+
+
+def _starts(length, side):
+    return sorted({*range(0, length - side + 1, max(1, side // 2)), length - side})

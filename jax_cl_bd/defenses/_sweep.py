@@ -1,0 +1,191 @@
+"""Fine-tuning at several rates, and the defender's choice among what comes out.
+
+A repair that is shown at one learning rate says little: too small a rate leaves the backdoor, too
+large a one destroys the model and with it the attack (papers/multimodal 11, pitfall 21). So every
+repair of an image-text model here is trained at each of `defense.rates` and looked at after each of
+`defense.points` equal parts of its steps. The defender quotes the strongest point, the largest rate
+and of it the latest, whose zero-shot accuracy on its own validation images is at most
+`defense.may_lose` below the suspect's; attack success plays no part. The benchmark measures all of
+them (defend.py), for the front of clean accuracy against attack success.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from jax_cl_bd import checkpoint, lookup, optim, parallel, run_folder
+from jax_cl_bd.data import feed, images, templates
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import zero_shot
+from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import weights_file
+from jax_cl_bd.objectives import training
+from jax_cl_bd.train import TrainState, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One state of a repair: its rate, steps, accuracy on the defender's validation images, whether
+    the defender chose it, and the file of its weights (`load`)."""
+
+    rate: float
+    step: int
+    validation_accuracy: float
+    path: epath.Path
+    chosen: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        return {"rate": self.rate, "step": self.step, "chosen": self.chosen,
+                "validation_accuracy": self.validation_accuracy}
+
+
+def check(cfg: ml_collections.ConfigDict) -> None:
+    """Finds bad settings of a sweep before anything is compiled. Raises UserError."""
+    d = cfg.defense
+    if cfg.text.name == "none":
+        raise UserError(f"defense {d.name} is for image-text models; text.name is 'none'")
+    if not d.rates or min(d.rates) <= 0 or sorted(set(d.rates)) != list(d.rates):
+        raise UserError(f"defense.rates={tuple(d.rates)} must be positive learning rates, "
+                        "ascending, each once")
+    if d.steps < 1 or not 1 <= d.points <= d.steps:
+        raise UserError(f"defense.points={d.points} must be 1 to defense.steps={d.steps}")
+    if not 0 <= d.may_lose < 1:
+        raise UserError(f"defense.may_lose={d.may_lose} must lie in [0, 1)")
+    if not d.validation_split:
+        raise UserError(f"defense {d.name} chooses its settings on images that were not trained "
+                        "on; name their split in defense.validation_split")
+    if d.in_modality < 0:
+        raise UserError(f"defense.in_modality={d.in_modality} must be 0 (off) or more")
+    parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
+    for rate in d.rates:
+        optim.make(_optim(cfg, rate), d.steps, 1)
+
+
+def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: jax.Array,
+        label: str) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
+    """Fine-tunes the suspect on the pairs of a data set at every rate, by its pretraining loss with
+    defense.in_modality times L_SS.
+
+    Args:
+        dataset: PoisonedSet with texts. validation: source with labels.
+    Returns:
+        The chosen variables, the config that describes them, and all points. The chosen model also
+        lies in `folder`, where load_encoder finds it.
+    """
+    own = described(cfg)
+    x, truth = _validation(cfg, validation)
+    wanted = _accuracy(suspect, x, truth, validation.classes) - cfg.defense.may_lose
+    every = cfg.defense.steps // cfg.defense.points
+    points = []
+    for rate in cfg.defense.rates:
+        place = folder / f"rate_{rate:g}"
+        tx, _ = optim.make(_optim(cfg, rate), cfg.defense.steps, 1)
+        state = first_state(own, suspect.pair.variables, tx, key)
+        shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda s=state: s))
+
+        def look(state, place=place, rate=rate):
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            repaired = encoders.of_parts(own, variables, mesh, suspect.pair.tokenizer)
+            accuracy = _accuracy(repaired, x, truth, validation.classes)
+            path = place / "points" / f"{int(state.step)}.safetensors"
+            save(path, variables, {"rate": rate, "step": int(state.step),
+                                   "validation_accuracy": accuracy})
+            return {"eval/validation_accuracy": accuracy}
+
+        train = own.train.copy_and_resolve_references()
+        train.eval_every = every
+        run_folder.write_config(place, own)
+        fit(training.make_step(own, tx, cfg.defense.steps), jax.device_put(state, shardings),
+            shardings, feed.make(own, dataset), folder=place, steps=cfg.defense.steps,
+            cfg_train=train, mesh=mesh, label=f"{label}, rate {rate:g}", evaluate=look)
+        paths = sorted((place / "points").glob("*.safetensors"), key=lambda p: int(p.stem))
+        for path in paths[-cfg.defense.points:]:
+            points.append(Point(**_facts(path), path=path))
+    good = [i for i, p in enumerate(points) if p.validation_accuracy >= wanted]
+    at = good[-1] if good else 0  # ascending in rate and step, so the last is the strongest
+    points[at] = dataclasses.replace(points[at], chosen=True)
+    variables = load(own, points[at].path)
+    keep(folder, own, variables, points[at].step, suspect)
+    return variables, own, points
+
+
+def described(cfg) -> ml_collections.ConfigDict:
+    """The config of a repaired model: the victim's, with the repair's loss and batches."""
+    own = ml_collections.ConfigDict(cfg.to_dict())
+    own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
+    own.objective.in_modality = float(cfg.defense.in_modality)
+    if cfg.defense.in_modality:
+        own.data.text_augment = "eda"
+    return own
+
+
+def keep(folder: epath.Path, cfg, variables, step: int, suspect) -> None:
+    """Leaves a model in a defense's folder as a run leaves its own."""
+    run_folder.write_config(folder, cfg)
+    suspect.pair.tokenizer.save(folder / "tokenizer.json")
+    if checkpoint.newest_good_step(folder / "checkpoints", rename=True) is None:
+        with checkpoint.open_manager(folder / "checkpoints") as manager:
+            checkpoint.save(manager, step, jax.tree.map(jnp.asarray, variables))
+
+
+def first_state(cfg, variables, tx, key: jax.Array) -> TrainState:
+    """The suspect's weights under a fresh optimiser."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    copied = jax.tree.map(jnp.copy, variables)  # the step donates them
+    extra_key, steps = jax.random.split(key)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=copied["params"],
+                      batch_stats=copied["batch_stats"], opt_state=tx.init(copied["params"]),
+                      extra=objective.init_extra(cfg, copied, extra_key), key=steps)
+
+
+def save(path: epath.Path, variables: dict, facts: dict) -> None:
+    """Writes a model's variables, with a few figures, under a temporary name first."""
+    flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+    temporary = path.parent / f".{path.name}"
+    weights_file.write(temporary, {name: np.asarray(v) for name, v in flat.items()},
+                       {"facts": json.dumps(facts)})
+    temporary.replace(path)
+
+
+def load(cfg, path: epath.Path) -> dict:
+    """Reads what `save` wrote: {"params": {part: ...}, "batch_stats": {part: ...}}."""
+    flat, _ = weights_file.read(path)
+    nested = traverse_util.unflatten_dict(flat, sep="/")
+    whole = encoders.abstract_parts(cfg)  # parts without batch norm have no entry in the file
+    return {kind: {part: nested.get(kind, {}).get(part, {}) for part in whole[kind]}
+            for kind in whole}
+
+
+def _facts(path):
+    return json.loads(weights_file.read(path)[1]["facts"])
+
+
+def _optim(cfg, rate):
+    chosen = cfg.defense.optim.copy_and_resolve_references()
+    chosen.lr = float(rate)
+    return chosen
+
+
+def _validation(cfg, validation):
+    labels = np.asarray(validation.table(np.arange(len(validation)))[0])
+    if not (labels >= 0).any():
+        raise UserError(f"defense {cfg.defense.name} chooses its settings on labelled images, and "
+                        f"data set {cfg.data.name!r} has none")
+    rows = np.flatnonzero(labels >= 0)
+    x = np.stack([images.test_image(validation[int(r)]["image"], cfg.data.image_size)
+                  for r in rows])
+    return x, labels[rows]
+
+
+def _accuracy(encoder, x, labels, classes) -> float:
+    head = zero_shot.class_weights(encoder, classes, templates.PROMPTS)
+    scores = encoder.project(encoder.image(x)) @ head.T
+    return float((scores.argmax(1) == labels).mean())

@@ -1,0 +1,283 @@
+"""Oracle-guided repair of a poisoned image-text model (EftCLIP).
+
+Hossain, Sajeeda, Perla and Shao: "Robust Defense Strategies for Multimodal Contrastive Learning:
+Efficient Fine-tuning Against Backdoor Attacks", arXiv 2511.13545. Four stages: find regions in
+which the suspect sees what the oracle does not (_find_trigger, the paper's Algorithm 1, in part
+reconstructed); from them the target label, the trigger and the poisoned pairs (_pinpoint); a
+compact set of pairs (_compact_set); fine-tuning on it (_sweep). No code and no full text of the
+second algorithm are public: _pinpoint and _compact_set are reconstructions, and so are all
+thresholds. For triggers that are visible, compact regions; the paper leaves others open.
+
+The verdict says what was found by the defender's own means; with `truth` it also says how right
+that is: target_label_correct (the label named first is the target), trigger_iou (mean over the
+candidates of that label; 0 for those on clean pairs), victim_precision and victim_recall (over the
+pairs of the pool).
+"""
+
+import time
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from jax_cl_bd.data import images, mentions, templates, texts
+from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _pinpoint, _sweep
+from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.evals import zero_shot
+from jax_cl_bd.metrics import Progress
+
+SHOWN = 16  # candidates in the picture of the report
+_AT_ONCE = 2048  # images of the pool held in memory
+
+
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
+    _sweep.check(cfg)
+    _oracle.check(cfg)
+    scan, curate = cfg.defense.scan, cfg.defense.curate
+    if scan.evidence not in _find_trigger.EVIDENCE:
+        raise unknown("defense.scan.evidence", scan.evidence, _find_trigger.EVIDENCE)
+    for name in ("screen", "limit", "enough", "top"):
+        if scan[name] < 1:
+            raise UserError(f"defense.scan.{name}={scan[name]} must be at least 1")
+    for name in ("sure", "confident"):
+        if not 0 < scan[name] <= 1:
+            raise UserError(f"defense.scan.{name}={scan[name]} must lie in (0, 1]")
+    for part in curate.parts:
+        if part not in _compact_set.PARTS:
+            raise unknown("defense.curate.parts", part, _compact_set.PARTS)
+    if curate.per_label < 1 or curate.replay < 0 or not 0 < curate.rho <= 1:
+        raise UserError(f"defense.curate.per_label={curate.per_label} must be at least 1, replay="
+                        f"{curate.replay} at least 0 and rho={curate.rho} in (0, 1]")
+    if not -1 < curate.correlation <= 1 or curate.searched < 0:
+        raise UserError(f"defense.curate.correlation={curate.correlation} must lie in (-1, 1] and "
+                        f"searched={curate.searched} be 0 or more")
+    if clean < 2:
+        raise UserError("defense oracle_finetune needs trusted images; raise "
+                        f"defense.clean_fraction={cfg.defense.clean_fraction}")
+
+
+def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
+    """Finds and removes the backdoor of `victims[0]`; `truth` scores what was found, no more.
+
+    A suspect in which nothing is found is given back as it is.
+    """
+    suspect, pool, label = victims[0], data.pool, folder.name
+    label = "control" if label == "control" else "victim"
+    began, seconds = time.monotonic(), {}
+
+    def lap(stage):
+        nonlocal began
+        seconds[stage] = round(time.monotonic() - began, 1)
+        began = time.monotonic()
+
+    oracle_key, tune_key = jax.random.split(key)
+    # The oracle has never seen the suspect, so one serves victim and control.
+    place = (folder.parent if label == "control" else folder) / "oracle"
+    ground = _oracle.make(cfg, data.clean, mesh, place, oracle_key)
+    lap("oracle")
+    rng = np.random.default_rng([cfg.seed, len(pool)])
+    head = zero_shot.class_weights(suspect, pool.classes, templates.PROMPTS)
+    claims = _find_trigger.suspect_of(suspect, head)
+    candidates, counts = _scan(cfg, claims, pool, data.clean, ground, label, rng)
+    lap("find trigger")
+    triggers = _verified(cfg, claims, candidates, counts, data.clean, rng)
+    lap("verify")
+    found = _victims(cfg, claims, pool, data.clean, triggers, ground, label)
+    lap("find victims")
+    verdict = _verdict(pool, candidates, counts, triggers, found, cfg.defense.curate.rho)
+    if truth is not None:
+        verdict |= _score(truth, pool, candidates, triggers, found)
+    pictures = _draw(folder, pool, candidates, triggers, suspect.image_size)
+    if not triggers:
+        own = _sweep.described(cfg)
+        _sweep.keep(folder, own, suspect.pair.variables, 0, suspect)
+        verdict |= {"compact_set_pairs": 0, "compact_set": dict.fromkeys(_compact_set.PARTS, 0)}
+        return Outcome(verdict, suspect.pair.variables,
+                       {"seconds": seconds, "pictures": pictures}, own)
+    pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool, data.clean,
+                                       triggers, found, ground, cfg.defense.curate.rho, rng)
+    lap("curate")
+    verdict |= {"compact_set_pairs": len(pairs), "compact_set": parts}
+    if len(pairs) < cfg.defense.batch_size:
+        raise UserError(f"the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
+                        f"{cfg.defense.batch_size}; raise defense.curate.per_label")
+    dataset = PoisonedSet(pairs, texts=texts.of(_sweep.described(cfg), suspect.pair.tokenizer,
+                                                pairs))
+    variables, own, points = _sweep.tune(cfg, suspect, dataset, data.validation, mesh=mesh,
+                                        folder=folder, key=tune_key, label=f"repair {label}")
+    lap("fine-tune")
+    chosen = next(p for p in points if p.chosen)
+    verdict |= {"rate": chosen.rate, "step": chosen.step}
+    return Outcome(verdict, variables, {"seconds": seconds, "pictures": pictures}, own, points)
+
+
+def _scan(cfg, suspect, pool, clean, ground, label, rng):
+    """Screens part of the pool with whole images, then looks into those that tell most."""
+    scan = cfg.defense.scan
+    rows = np.sort(rng.permutation(len(pool))[:scan.screen])
+    progress = Progress(f"oracle scan of {label}", len(rows))
+    p, grounded = [], []
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start:start + _AT_ONCE]
+        p.append(suspect.probabilities(_pictures(pool, part, suspect.side)))
+        grounded.append(ground(pool, part))
+        progress.update(len(part))
+    p, grounded = np.concatenate(p), np.concatenate(grounded)
+    captions = pool.captions(rows)
+    named = np.stack([mentions.naming(captions, str(name)) for name in pool.classes], axis=1)
+    first = p.argmax(1)
+    # First where the caption names what the suspect claims, and of those the surest.
+    at = np.arange(len(rows))
+    order = np.lexsort((-p[at, first], ~named[at, first]))
+    wanted = _find_trigger.claims(p[order], grounded[order], top=scan.top, sure=scan.sure)
+    canvases = _canvases(clean, suspect.side)
+    found = _find_trigger.scan(suspect, pool, rows[order], wanted, grounded[order], canvases, scan,
+                               progress)
+    progress.close()
+    return found
+
+
+def _verified(cfg, suspect, candidates, counts, clean, rng):
+    """The flagged labels whose trigger moves clean images there, the surest first."""
+    labels = np.asarray(clean.table(np.arange(len(clean)))[0])
+    rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:cfg.defense.curate.flips]
+                           for c in range(len(clean.classes))]).astype(int)
+    shown, triggers = _pictures(clean, rows, suspect.side), []
+    for label in _pinpoint.flagged(counts["seen"], counts["found"]):
+        bank = _pinpoint.bank_of([c for c in candidates if c.label == label])
+        trigger = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
+                                   len(clean.classes), rng)
+        if _rate(trigger, labels[rows]) >= cfg.defense.curate.rho:
+            triggers.append(trigger)
+    return sorted(triggers, key=lambda t: -t.flips.sum())
+
+
+def _rate(trigger, labels):
+    """The mean flip over the classes that there are, the label itself left out."""
+    classes = [c for c in np.unique(labels) if c >= 0 and c != trigger.label]
+    return float(trigger.flips[classes].mean()) if classes else 0.0
+
+
+def _victims(cfg, suspect, pool, clean, triggers, ground, label) -> dict[int, int]:
+    """Rows of the pool that carry a trigger -> the class that the oracle sees there.
+
+    Such a pair names the trigger's label while the oracle does not see it, and either a picture of
+    the bank matches somewhere or Algorithm 1 fires with that label.
+    """
+    curate, scan = cfg.defense.curate, cfg.defense.scan
+    every, found = pool.captions(np.arange(len(pool))), {}
+    for trigger in triggers:
+        rows = np.flatnonzero(mentions.naming(every, str(pool.classes[trigger.label])))
+        grounded = ground(pool, rows)
+        doubted = grounded[:, trigger.label] < scan.sure
+        rows, grounded = rows[doubted], grounded[doubted]
+        progress = Progress(f"search {label}", len(rows))
+        doubtful = []
+        for start in range(0, len(rows), _AT_ONCE):
+            part = rows[start:start + _AT_ONCE]
+            like = _pinpoint.matches(trigger, _pictures(pool, part, suspect.side))
+            for i, row in enumerate(part):
+                if like[i] >= curate.correlation:
+                    found[int(row)] = int(grounded[start + i].argmax())
+                else:
+                    doubtful.append((start + i, int(row)))
+            progress.update(len(part) - sum(i >= start for i, _ in doubtful))
+        canvases = _canvases(clean, suspect.side)
+        for i, row in doubtful[:curate.searched]:
+            image = _pictures(pool, [row], suspect.side)[0]
+            if _find_trigger.in_image(suspect, image, np.array([trigger.label]), grounded[i],
+                                      canvases, sure=scan.sure, confident=scan.confident,
+                                      evidence=scan.evidence):
+                found[row] = int(grounded[i].argmax())
+            progress.update(1, f"{len(found)} victims")
+        progress.close()
+    return found
+
+
+def _canvases(clean, side):
+    return _find_trigger.canvases_of(clean, np.asarray(clean.table(np.arange(len(clean)))[0]), side)
+
+
+def _pictures(source, rows, side):
+    if not len(rows):
+        return np.zeros((0, side, side, 3), np.uint8)
+    return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows])
+
+
+def _verdict(pool, candidates, counts, triggers, found, rho) -> dict:
+    """What the defender can say."""
+    of_first = [c for c in candidates if triggers and c.label == triggers[0].label]
+    return {"backdoor_found": bool(triggers),
+            "target_label": triggers[0].label if triggers else None,
+            "target_class": str(pool.classes[triggers[0].label]) if triggers else None,
+            "flagged_labels": [t.label for t in triggers],
+            "affected_labels": sorted({int(c) for t in triggers
+                                       for c in np.flatnonzero(t.flips >= rho)}),
+            "flip_rate": [round(float(t.flips.sum() / max(1, len(t.flips) - 1)), 4)
+                          for t in triggers],
+            "trigger_box": list(of_first[0].box) if of_first else None,
+            "images_scanned": int(counts["seen"].sum()),
+            "candidates": int(counts["found"].sum()), "victims": len(found)}
+
+
+def _score(truth, pool, candidates, triggers, found) -> dict:
+    """How right the verdict is; None where nothing can be said."""
+    poisoned = truth.poison >= 0
+    if not poisoned.any():
+        return {"target_label_correct": None, "trigger_iou": None, "victim_precision": None,
+                "victim_recall": None, "false_alarm": bool(triggers)}
+    overlaps = []
+    for c in candidates:
+        if triggers and c.label == triggers[0].label:
+            k = truth.poison[c.row]
+            overlaps.append(_pinpoint.iou(c.box, truth.plan.trigger_box[k]) if k >= 0 else 0.0)
+    rows = np.array(sorted(found), np.int64)
+    hits = int(poisoned[rows].sum()) if len(rows) else 0
+    return {"target_label_correct": bool(triggers) and triggers[0].label == truth.target,
+            "trigger_iou": float(np.mean(overlaps)) if overlaps else None,
+            "victim_precision": hits / len(rows) if len(rows) else None,
+            "victim_recall": hits / int(poisoned.sum())}
+
+
+def _draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
+    """Draws candidates.png, images of the pool with the suspected region framed, and trigger.png;
+    gives their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    label = triggers[0].label if triggers else None
+    shown = [c for c in candidates if label is None or c.label == label][:SHOWN]
+    if shown:
+        tiles = []
+        for c in shown:
+            image = np.asarray(Image.fromarray(_pictures(pool, [c.row], side)[0]).resize(
+                (side * 4, side * 4), Image.Resampling.NEAREST)).copy()
+            y, x, h, w = (4 * v for v in c.box)
+            for line in (np.s_[y:y + h, x], np.s_[y:y + h, x + w - 1], np.s_[y, x:x + w],
+                         np.s_[y + h - 1, x:x + w]):
+                image[line] = (255, 0, 255)
+            tiles.append(image)
+        rows = [np.concatenate(tiles[i:i + 8], axis=1) for i in range(0, len(tiles), 8)]
+        wide = max(row.shape[1] for row in rows)
+        rows = [np.pad(row, ((0, 0), (0, wide - row.shape[1]), (0, 0)), constant_values=255)
+                for row in rows]
+        _save(folder / "candidates.png", np.concatenate(rows))
+        captions["candidates.png"] = ("Images of the pool in which the suspect sees what the "
+                                      "oracle does not; framed, the region that does it.")
+    if triggers:
+        height, width = triggers[0].pixels.shape[:2]
+        big = Image.fromarray(triggers[0].pixels).resize((16 * width, 16 * height),
+                                                         Image.Resampling.NEAREST)
+        _save(folder / "trigger.png", np.asarray(big))
+        name = str(pool.classes[triggers[0].label])
+        captions["trigger.png"] = f"The suspected trigger, which leads to “{name}”."
+    return captions
+
+
+def _save(path, image):
+    with path.open("wb") as file:
+        Image.fromarray(image).save(file, "PNG")
