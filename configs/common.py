@@ -173,6 +173,12 @@ def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rate
                             rho=0.5, flips=32, correlation=0.7, searched=300))
 
 
+def decree(*, clean_fraction, steps):
+    """DECREE's inversion (docs/papers.md) with its settings for CLIP; `images` clean ones."""
+    return dict(name="decree", clean_fraction=clean_fraction, images=1000, batch_size=32,
+                steps=steps, lr=0.5, milestones=(0.2, 0.5), lambda_min=1e-7, threshold=0.1)
+
+
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",

@@ -15,7 +15,7 @@ LOOK_EVERY = 25  # dispatches between two looks at the loss; each waits for the 
 def minimise(loss: Callable, start: Any, batches: Iterator, *, steps: int,
              tx: optax.GradientTransformation, key: jax.Array,
              project: Callable[[Any], Any] = lambda params: params, data: Any = None,
-             members: bool = False, steps_per_dispatch: int = 1,
+             members: bool = False, steps_per_dispatch: int = 1, control: tuple | None = None,
              label: str = "trigger") -> tuple[Any, np.ndarray]:
     """Minimises loss(params, data, batch, key) by `steps` steps of gradient descent.
 
@@ -28,6 +28,10 @@ def minimise(loss: Callable, start: Any, batches: Iterator, *, steps: int,
         project: takes parameters back into their set after every step, e.g. a clip to [0, 1].
         data: pytree of arrays passed to every step (closed over, they would be constants).
         steps_per_dispatch: steps scanned in one dispatch. Keep 1 on a CPU (style 17).
+        control: (first state, update), for weights that follow the loss and for the best found so
+            far: the loss is then loss(params, data, batch, key, state) -> (value, info), and after
+            it comes update(state, params, info) -> state, with the params before the step. The
+            state is returned in the place of the parameters. Not with members.
 
     Returns:
         The parameters and the loss before each step, float32 [steps] or [steps, members].
@@ -35,22 +39,29 @@ def minimise(loss: Callable, start: Any, batches: Iterator, *, steps: int,
     Raises:
         FloatingPointError: a loss is not finite; names the step.
     """
-    def update(params, opt_state, data, batch, key):
-        value, grads = jax.value_and_grad(loss)(params, data, batch, key)
+    assert not (members and control), "members have no control"
+
+    def update(params, opt_state, data, batch, key, state=None):
+        if control:
+            (value, info), grads = jax.value_and_grad(loss, has_aux=True)(params, data, batch, key,
+                                                                          state)
+            state = control[1](state, params, info)
+        else:
+            value, grads = jax.value_and_grad(loss)(params, data, batch, key)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return project(optax.apply_updates(params, updates)), opt_state, value
+        return project(optax.apply_updates(params, updates)), opt_state, value, state
 
     def one(carry, batch, data):
-        params, opt_state, step = carry
+        params, opt_state, step, state = carry
         now = jax.random.fold_in(key, step)
         if members:
             count = jax.tree.leaves(params)[0].shape[0]
             keys = jax.random.split(now, count)
-            params, opt_state, value = jax.vmap(update, (0, 0, None, None, 0))(
+            params, opt_state, value, _ = jax.vmap(update, (0, 0, None, None, 0))(
                 params, opt_state, data, batch, keys)
         else:
-            params, opt_state, value = update(params, opt_state, data, batch, now)
-        return (params, opt_state, step + 1), value
+            params, opt_state, value, state = update(params, opt_state, data, batch, now, state)
+        return (params, opt_state, step + 1, state), value
 
     @jax.jit
     def dispatch(carry, group, data):
@@ -61,7 +72,8 @@ def minimise(loss: Callable, start: Any, batches: Iterator, *, steps: int,
         return jax.lax.scan(lambda c, b: one(c, b, data), carry, stacked)
 
     first = jax.vmap(tx.init)(start) if members else tx.init(start)
-    carry, history, progress = (start, first, 0), [], Progress(label, steps)
+    carry = (start, first, 0, control and control[0])
+    history, progress = [], Progress(label, steps)
     done = 0
     while done < steps:
         count = min(steps_per_dispatch, steps - done)
@@ -73,7 +85,7 @@ def minimise(loss: Callable, start: Any, batches: Iterator, *, steps: int,
             _check(history, label)
             progress.update(0, f"loss {np.mean(np.asarray(history[-1])):.4f}")
     progress.close()
-    return carry[0], np.concatenate([np.asarray(v) for v in history])
+    return carry[3 if control else 0], np.concatenate([np.asarray(v) for v in history])
 
 
 def _check(history, label):
