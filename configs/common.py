@@ -161,7 +161,7 @@ def fine_tune(*, clean_fraction, batch_size, steps, lr):
 def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rates,
                     oracle="ground_truth", error=0.1):
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
-    `error` of images, or classifier. Thresholds are those of papers/multimodal 1.3."""
+    `error` of images, or classifier. Thresholds: docs/papers.md."""
     return dict(name="oracle_finetune", clean_fraction=clean_fraction,
                 validation_split=validation_split, batch_size=batch_size, steps=steps,
                 rates=tuple(rates), points=3, may_lose=0.02, in_modality=0.0,

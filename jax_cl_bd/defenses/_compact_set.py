@@ -1,7 +1,7 @@
 """The compact set that a poisoned image-text model is repaired on.
 
 EftCLIP (arXiv 2511.13545) curates one; how is not public. Its four parts are reconstructed
-(papers/multimodal 1.3, Algorithm 2, step 5), each a switch:
+(docs/papers.md), each a switch:
 
 clean     pairs of the pool, at most `per_label` of every affected label and of the target, whose
           caption names the label and in which the oracle sees it.

@@ -1,7 +1,7 @@
 """FindAdversarialTrigger: where the suspect model sees an object that the oracle does not.
 
 EftCLIP (Hossain et al., arXiv 2511.13545), Algorithm 1, of which a summary is public and no code
-(papers/multimodal 1.1). From the paper: the objects L that the suspect claims, those S that the
+(docs/papers.md). From the paper: the objects L that the suspect claims, those S that the
 oracle grounds, P = L \\ S, and the suspect's opinion of the oracle's regions, which decides what
 stays in P. Reconstructed here, and so named in docs/papers.md: every threshold; the claim test
 p >= 2 / C; which crop a region is shown in (`evidence`: "crop", resized as the summary has it, or

@@ -1,7 +1,7 @@
 """Which labels a backdoor leads to, what its trigger looks like, and which training pairs carry it.
 
 EftCLIP (arXiv 2511.13545) has a second algorithm for this, of which nothing but its purpose is
-public; all steps are reconstructed here (papers/multimodal 1.3, Algorithm 2, steps 1 to 4).
+public; all steps are reconstructed here (docs/papers.md).
 """
 
 import dataclasses

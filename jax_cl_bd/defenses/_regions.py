@@ -10,7 +10,7 @@ true object mask knows nothing of the trigger.
 import numpy as np
 from skimage import segmentation
 
-SMALLEST, LARGEST = 0.001, 0.15  # share of the image's area (papers/multimodal 1.3: a_min, a_max)
+SMALLEST, LARGEST = 0.001, 0.15  # share of the image's area
 _SCALES = (20, 60, 150)  # of Felzenszwalb's segmentation
 _SUPERPIXELS = (30, 80)  # of SLIC
 _WINDOWS = (1 / 8, 3 / 16, 1 / 4)  # sides, as shares of the image's; they overlap by half

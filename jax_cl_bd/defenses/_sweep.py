@@ -1,12 +1,12 @@
 """Fine-tuning at several rates, and the defender's choice among what comes out.
 
 A repair that is shown at one learning rate says little: too small a rate leaves the backdoor, too
-large a one destroys the model and with it the attack (papers/multimodal 11, pitfall 21). So every
-repair of an image-text model here is trained at each of `defense.rates` and looked at after each of
-`defense.points` equal parts of its steps. The defender quotes the strongest point, the largest rate
-and of it the latest, whose zero-shot accuracy on its own validation images is at most
-`defense.may_lose` below the suspect's; attack success plays no part. The benchmark measures all of
-them (defend.py), for the front of clean accuracy against attack success.
+large a one destroys the model and with it the attack. So a repair of an image-text model is trained
+at each of `defense.rates` and looked at after each of `defense.points` equal parts of its steps.
+The defender quotes the strongest point, the largest rate and of it the latest, whose zero-shot
+accuracy on its own validation images is at most `defense.may_lose` below the suspect's, or, if none
+is, the point of highest accuracy; attack success plays no part. The benchmark measures all points
+(defend.py), for the front of clean accuracy against attack success.
 """
 
 import dataclasses
@@ -33,13 +33,14 @@ from jax_cl_bd.train import TrainState, fit
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One state of a repair: its rate, steps, accuracy on the defender's validation images, whether
-    the defender chose it, and the file of its weights (`load`)."""
+    the defender chose it, the suspect's accuracy on them, and the file of its weights (`load`)."""
 
     rate: float
     step: int
     validation_accuracy: float
     path: epath.Path
     chosen: bool = False
+    suspect_accuracy: float | None = None
 
     def row(self) -> dict[str, Any]:
         """What results.json says of it."""
@@ -82,7 +83,8 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
     """
     own = described(cfg)
     x, truth = _validation(cfg, validation)
-    wanted = _accuracy(suspect, x, truth, validation.classes) - cfg.defense.may_lose
+    before = _accuracy(suspect, x, truth, validation.classes)
+    wanted = before - cfg.defense.may_lose
     every = cfg.defense.steps // cfg.defense.points
     points = []
     for rate in cfg.defense.rates:
@@ -110,8 +112,9 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
         for path in paths[-cfg.defense.points:]:
             points.append(Point(**_facts(path), path=path))
     good = [i for i, p in enumerate(points) if p.validation_accuracy >= wanted]
-    at = good[-1] if good else 0  # ascending in rate and step, so the last is the strongest
-    points[at] = dataclasses.replace(points[at], chosen=True)
+    best = max(range(len(points)), key=lambda i: points[i].validation_accuracy)
+    at = good[-1] if good else best  # ascending in rate and step, so the last is the strongest
+    points[at] = dataclasses.replace(points[at], chosen=True, suspect_accuracy=before)
     variables = load(own, points[at].path)
     keep(folder, own, variables, points[at].step, suspect)
     return variables, own, points

@@ -112,7 +112,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                                         folder=folder, key=tune_key, label=f"repair {label}")
     lap("fine-tune")
     chosen = next(p for p in points if p.chosen)
-    verdict |= {"rate": chosen.rate, "step": chosen.step}
+    verdict |= {"rate": chosen.rate, "step": chosen.step,
+                "validation_accuracy": chosen.validation_accuracy,
+                "validation_accuracy_of_suspect": chosen.suspect_accuracy}
     return Outcome(verdict, variables, {"seconds": seconds, "pictures": pictures}, own, points)
 
 
