@@ -51,18 +51,22 @@ def validation(cfg: ml_collections.ConfigDict):
     return sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
 
 
-def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
+def check(cfg: ml_collections.ConfigDict, source) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled.
 
-    `rows`: those of the source. That the attack leaves enough of them is seen in `clean_rows`.
+    `source`: the clean training set. That the attack leaves enough of it is seen in `clean_rows`.
     """
     if cfg.defense.name == "none":
         return
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     if not 0 < cfg.defense.clean_fraction <= 1:
         raise UserError(f"defense.clean_fraction={cfg.defense.clean_fraction} must lie in (0, 1]")
+    labelled = (source.table(np.arange(len(source)))[0] >= 0).any()
+    if getattr(defense, "NEEDS_LABELS", False) and not labelled:
+        raise UserError(f"defense {cfg.defense.name} needs labelled images, and data set "
+                        f"{cfg.data.name!r} has none")
     validation(cfg)
-    defense.check(cfg, round(cfg.defense.clean_fraction * rows))
+    defense.check(cfg, round(cfg.defense.clean_fraction * len(source)))
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:

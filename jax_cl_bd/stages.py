@@ -81,7 +81,7 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
                             f"{len(test.classes)}; probes need the same in both")
         evaluate.check(cfg)
     if "defend" in chosen:
-        defend.check(cfg, len(train))
+        defend.check(cfg, train)
 
 
 def place_of(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> epath.Path:

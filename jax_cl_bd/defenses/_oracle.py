@@ -42,18 +42,10 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
 
 def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
-    """Gives ground(source, rows); a classifier is trained in `folder`, and resumes.
-
-    Raises:
-        UserError: the images have no labels.
-    """
-    labels = clean.table(np.arange(len(clean)))[0]
-    if not (labels >= 0).any():
-        raise UserError("defense oracle_finetune needs labelled images for its oracle, and data "
-                        f"set {cfg.data.name!r} has none")
+    """Gives ground(source, rows); a classifier is trained in `folder`, and resumes."""
     if cfg.defense.oracle.name == "ground_truth":
         return _ground_truth(cfg, len(clean.classes))
-    return _classifier(cfg, clean, labels, mesh, folder, key)
+    return _classifier(cfg, clean, mesh, folder, key)
 
 
 def _ground_truth(cfg, classes: int):
@@ -71,7 +63,8 @@ def _ground_truth(cfg, classes: int):
     return ground
 
 
-def _classifier(cfg, clean, labels, mesh, folder, key):
+def _classifier(cfg, clean, mesh, folder, key):
+    labels = clean.table(np.arange(len(clean)))[0]
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.text = ml_collections.ConfigDict({"name": "none"})
     own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)

@@ -30,6 +30,7 @@ from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.metrics import Progress
 
+NEEDS_LABELS = True  # of the images, for its oracle and its validation
 SHOWN = 16  # candidates in the picture of the report
 _AT_ONCE = 2048  # images of the pool held in memory
 
@@ -91,7 +92,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     lap("find victims")
     verdict = _verdict(pool, candidates, counts, triggers, found, cfg.defense.curate.rho)
     if truth is not None:
-        verdict |= _score(truth, pool, candidates, triggers, found)
+        verdict |= _score(truth, suspect.image_size, candidates, triggers, found)
     pictures = _draw(folder, pool, candidates, triggers, suspect.image_size)
     if not triggers:
         own = _sweep.described(cfg)
@@ -188,7 +189,7 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, label) -> dict[int, in
                     found[int(row)] = int(grounded[start + i].argmax())
                 else:
                     doubtful.append((start + i, int(row)))
-            progress.update(len(part) - sum(i >= start for i, _ in doubtful))
+            progress.update(len(part))
         canvases = _canvases(clean, suspect.side)
         for i, row in doubtful[:curate.searched]:
             image = _pictures(pool, [row], suspect.side)[0]
@@ -196,7 +197,7 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, label) -> dict[int, in
                                       canvases, sure=scan.sure, confident=scan.confident,
                                       evidence=scan.evidence):
                 found[row] = int(grounded[i].argmax())
-            progress.update(1, f"{len(found)} victims")
+            progress.update(0, f"{len(found)} victims")
         progress.close()
     return found
 
@@ -227,16 +228,18 @@ def _verdict(pool, candidates, counts, triggers, found, rho) -> dict:
             "candidates": int(counts["found"].sum()), "victims": len(found)}
 
 
-def _score(truth, pool, candidates, triggers, found) -> dict:
-    """How right the verdict is; None where nothing can be said."""
+def _score(truth, side, candidates, triggers, found) -> dict:
+    """How right the verdict is; None where nothing can be said, as of boxes on images that were not
+    poisoned at the encoder's size."""
     poisoned = truth.poison >= 0
     if not poisoned.any():
         return {"target_label_correct": None, "trigger_iou": None, "victim_precision": None,
                 "victim_recall": None, "false_alarm": bool(triggers)}
     overlaps = []
     for c in candidates:
-        if triggers and c.label == triggers[0].label:
-            k = truth.poison[c.row]
+        k = truth.poison[c.row]
+        same_size = k < 0 or tuple(truth.plan.canvas[k]) == (side, side)
+        if triggers and c.label == triggers[0].label and same_size:
             overlaps.append(_pinpoint.iou(c.box, truth.plan.trigger_box[k]) if k >= 0 else 0.0)
     rows = np.array(sorted(found), np.int64)
     hits = int(poisoned[rows].sum()) if len(rows) else 0

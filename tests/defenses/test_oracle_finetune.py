@@ -203,3 +203,15 @@ def test_points_come_back_as_they_were_saved(cfg, tmp_path):
                  jax.tree.map(np.asarray, variables))
     assert _sweep.Point(**_sweep._facts(path), path=path).row() == {
         "rate": 0.1, "step": 7, "validation_accuracy": 0.5, "chosen": False}
+
+
+def test_data_without_labels_are_refused_before_anything_runs(cfg):
+    class Unlabelled:
+        def __len__(self):
+            return 10
+
+        def table(self, rows):
+            return np.full(len(rows), -1), np.full((len(rows), 2), 32)
+
+    with pytest.raises(UserError, match="needs labelled images"):
+        defend.check(cfg, Unlabelled())
