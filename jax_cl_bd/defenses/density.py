@@ -164,7 +164,8 @@ def _nearest(x, z, own, count, k):
     columns = jnp.arange(len(z))
     out = (columns >= count) | (columns == own[:, None])
     rows = jax.lax.top_k(jnp.where(out, -jnp.inf, -squares), k)[1]
-    # The products lose the distances of near copies to rounding: those found are computed anew.
+    # The products lose the distances of near copies (below 1e-3 of the norm) to rounding: those
+    # found are computed anew. Which of more than k such copies are found is left to rounding.
     distances = jax.lax.map(lambda pair: jnp.linalg.norm(z[pair[1]] - pair[0], axis=1), (x, rows),
                             batch_size=_CHUNK)
     order = jnp.argsort(distances, axis=1)
