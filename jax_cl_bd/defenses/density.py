@@ -11,7 +11,8 @@ batch. With r_i(x) the Euclidean distance of x to its i-th neighbour, i = 1 ... 
     dao         mean over the neighbours o of lid(o) log(r_k(x) / r_k(o))
 
 It works where a batch holds fewer poisons than k: more are each other's neighbours, and the order
-turns round. With `truth` the verdict says how many there are (expected_poisons_per_batch).
+turns round. That of lid does so for any tight cluster. With `truth` the verdict says how many
+poisons there are (expected_poisons_per_batch).
 
 The threshold is ours: the paper reports AUROC alone. Clean images are scored alike, each as one
 more row of a batch of the pool. One that is in the pool itself, pixel for pixel, would meet its

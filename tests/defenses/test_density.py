@@ -96,6 +96,8 @@ def test_fewer_poisons_than_k_are_found_and_more_are_not(poisons, found):
     for name in ("k_distance", "slof", "dao"):
         auroc = _detection.grade(np.asarray(own[name]), 0.0, kinds == 8)["auroc"]
         assert auroc > 0.99 if found else auroc < 0.5, name
+    # LID turns round even earlier: to a poison its few companions are far nearer than the rest.
+    assert _detection.grade(np.asarray(own["lid"]), 0.0, kinds == 8)["auroc"] < 0.5
 
 
 def pixels(z):
