@@ -7,7 +7,8 @@ reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fr
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold),
-defense=none|fine_tune|retrain|oracle_finetune|decree, oracle=ground_truth|classifier (of the last),
+defense=none|fine_tune|retrain|oracle_finetune|decree|density|cosine_filter (the last three only say
+what they suspect), oracle=ground_truth|classifier (of oracle_finetune),
 target=CLASS, seed=N.
 docs/results.md has times and numbers, of small_resnet.
 
@@ -85,6 +86,8 @@ def get_config(arg=""):
             retrain=common.retrain(clean_fraction=0.25, batch_size=64, steps=600),
             fine_tune=common.fine_tune(clean_fraction=0.25, batch_size=64, steps=300, lr=1e-3),
             decree=common.decree(clean_fraction=0.25, steps=600),
+            density=common.density(clean_fraction=0.25),
+            cosine_filter=common.cosine_filter(clean_fraction=0.25),
             oracle_finetune=common.oracle_finetune(
                 clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,
                 rates=(3e-4, 1e-3, 3e-3), oracle=a["oracle"]))))

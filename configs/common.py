@@ -179,6 +179,20 @@ def decree(*, clean_fraction, steps):
                 steps=steps, lr=0.5, milestones=(0.2, 0.5), lambda_min=1e-7, threshold=0.1)
 
 
+def density(*, clean_fraction, k=16, batch=2048, false_alarm=0.01):
+    """Detection of samples by local density (docs/papers.md); k as in the released code's example.
+    More than k poisons in a reference batch hide each other."""
+    return dict(name="density", clean_fraction=clean_fraction, k=k, batch=batch,
+                false_alarm=false_alarm)
+
+
+def cosine_filter(*, clean_fraction, false_alarm=0.01, scorer=""):
+    """Pairs that do not match are dropped (docs/papers.md); `scorer`: the folder of an independent
+    image-text model, "" the suspect itself."""
+    return dict(name="cosine_filter", clean_fraction=clean_fraction, false_alarm=false_alarm,
+                scorer=scorer)
+
+
 def evals(**changes):
     """What is measured: the test protocol first, the trigger at the centre as a further row."""
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
@@ -228,7 +242,8 @@ def debug(cfg):
     if cfg.data.name == "scenes":
         cfg.data.update(scenes_train=200, scenes_test=100)
     if cfg.defense.name != "none":
-        cfg.defense.update(steps=2, batch_size=16, clean_fraction=0.25)
+        tiny = dict(steps=2, batch_size=16, clean_fraction=0.25)
+        cfg.defense.update({name: tiny[name] for name in tiny if name in cfg.defense})
     if "rates" in cfg.defense:
         cfg.defense.update(rates=cfg.defense.rates[:1], points=2)
     if "oracle" in cfg.defense:

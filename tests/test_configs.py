@@ -21,9 +21,11 @@ VARIANTS = {
                    "attack=oracle_poisoning,objective=byol,defense=retrain",
                    "attack=none,objective=simsiam,defense=none"],
     "clip_cifar10": ["", "reduced,optimized_patch"],
-    "clip_scenes": ["defense=fine_tune", "defense=oracle_finetune", "defense=decree",
-                    "blended,objective=siglip", "optimized_patch", "mismatched,defense=retrain",
-                    "targeted", "tower=clip_resnet", "tower=vit", "tower=vit,objective=siglip"],
+    "clip_scenes": ["defense=fine_tune", "defense=oracle_finetune", "defense=density",
+                    "defense=cosine_filter", "defense=decree",
+                    "blended,objective=siglip", "optimized_patch",
+                    "mismatched,defense=retrain", "targeted", "tower=clip_resnet",
+                    "tower=vit", "tower=vit,objective=siglip"],
     "clip_pairs": ["", "attack=blended,tower=vit_b32,objective=siglip,downstream=scenes",
                    "attack=optimized_patch,in_modality"],
     "layout_law": ["case=free"],
@@ -97,7 +99,14 @@ def test_clip_scenes_in_debug_mode(tmp_path, arg):
     cfg.control = False
     results = debug_run(cfg, tmp_path)
     victim = results["victim"]
-    if cfg.defense.name != "none":
+    if cfg.defense.name == "decree":  # a verdict alone
+        found = results["defenses"]["decree"]
+        assert found["verdict"]["steps"] == 2 and "zero_shot" not in found
+    elif cfg.defense.name in ("density", "cosine_filter"):
+        found = results["defenses"][cfg.defense.name]
+        assert found["verdict"]["rows"] == 200 and "zero_shot" not in found
+        assert (tmp_path / "defenses" / cfg.defense.name / "suspicious.png").exists()
+    elif cfg.defense.name != "none":
         repaired = load_encoder(tmp_path / "defenses" / cfg.defense.name)
         assert repaired.text(["a photo of a star."]).shape == (1, cfg.objective.dim)
         assert results["defenses"][cfg.defense.name]["zero_shot"]["clean_accuracy"] >= 0

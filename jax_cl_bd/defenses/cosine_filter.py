@@ -1,0 +1,88 @@
+"""Cosine filtering of image-caption pairs.
+
+Yang, He, Li, Backes, Humbert, Berrang and Zhang: "Data Poisoning Attacks Against Multimodal
+Encoders", ICML 2023, arXiv 2209.15266, the first of its defenses: embed every pair with an
+independent image-text model, and drop those whose image and caption lie too far apart. The score
+of a row is its smallest cosine over its captions; the threshold keeps a share 1 - false_alarm of
+the defender's clean pairs (the paper picks it by eye from a few labelled ones).
+
+The model is the suspect itself unless defense.scorer names another folder. The paper's is an
+independent one, and for a reason: the suspect has learned that its poisons belong together, so as
+its own judge it shows what a defender gets who has no other model. Verdict only.
+"""
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jax_cl_bd.data import sources
+from jax_cl_bd.defenses import _detection
+from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import encoder as encoders
+
+_SHOWN = 32  # images in the picture of the report, in lines of 16
+
+
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
+    _detection.check(cfg, clean)
+    scorer = cfg.defense.scorer
+    if not scorer and cfg.text.name == "none":
+        raise UserError("defense cosine_filter needs an image-text model, and text.name is 'none'; "
+                        "name the folder of one in defense.scorer")
+    places = [epath.Path(scorer) / name for name in ("config.json", "model.safetensors")]
+    if scorer and not any(place.exists() for place in places):
+        raise UserError(f"defense.scorer={scorer!r} must be a run folder or a hub folder: it has "
+                        "neither config.json nor model.safetensors")
+    if not hasattr(sources.load(cfg.data, "train"), "captions"):
+        raise UserError("defense cosine_filter needs captions, and data set "
+                        f"{cfg.data.name!r} has none")
+
+
+def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
+    """Says which pairs of the pool to drop; `truth` says how well, and changes nothing else.
+
+    Raises:
+        UserError: the model named by defense.scorer has no text tower.
+    """
+    del key
+    d, pool = cfg.defense, data.pool
+    model = encoders.load(d.scorer, mesh) if d.scorer else victims[0]
+    if model.text is None:
+        raise UserError(f"defense.scorer={d.scorer!r} is an encoder of images alone; cosine_filter "
+                        "needs an image-text model")
+    cosines = smallest_cosines(model, pool, "cosine filter: pool")
+    clean = smallest_cosines(model, data.clean, "cosine filter: clean pairs")
+    found = _detection.judge(-cosines, -clean, d.false_alarm)
+    verdict = {"model": "another" if d.scorer else "suspect", "rows": len(pool),
+               "clean_rows": len(clean), "false_alarm": d.false_alarm,
+               "threshold": -found["threshold"], "dropped": found["flagged"],
+               "most_suspicious": found["most_suspicious"]}
+    if truth is not None:
+        poisoned = truth.poison >= 0
+        verdict |= _detection.grade(-cosines, found["threshold"], poisoned)
+        kept = int((poisoned & (cosines >= verdict["threshold"])).sum())
+        verdict["remaining_poisons"] = kept if poisoned.any() else None
+    _detection.keep(folder / "scores.npz", {"cosine": cosines})
+    shown = _detection.most(-cosines, min(_SHOWN, len(pool)))
+    lines = [shown[:len(shown) // 2], shown[len(shown) // 2:][:len(shown) // 2]]
+    _detection.draw(folder / "suspicious.png", pool, lines, model.image_size)
+    caption = "The images of the pool that lie farthest from their captions, the farthest first."
+    return Outcome(verdict, None, {"pictures": {"suspicious.png": caption}})
+
+
+def smallest_cosines(model, source, label: str) -> np.ndarray:
+    """The smallest cosine of each row's image and its captions, float32 [n], under an image-text
+    model."""
+    found = []
+    for items, shown in _detection.blocks(source, model.image_size, label):
+        z = model.project(model.image(shown))
+        texts = [list(item["captions"]) or [""] for item in items]
+        column = {text: j for j, text in enumerate(dict.fromkeys(
+            text for own in texts for text in own))}
+        z_text = model.text(list(column))
+        found += [(z_text[[column[text] for text in own]] @ z[i]).min()
+                  for i, own in enumerate(texts)]
+    return np.array(found, np.float32)
