@@ -7,8 +7,8 @@ mask for that. A mask m and a pattern t are inverted on clean images without lab
 PL1 is the smallest |m|_1 with a mean cosine above 0.99, as a share of the image; below `threshold`
 the encoder is called backdoored.
 
-As we know the released main.py and utils.py, from a description: tanh parametrisation, |m|_1 counted
-once per channel, the controller of lambda (1e-3 at first; times 5 after more than 5 steps in a row
+As we know the released main.py and utils.py, from a description: tanh variables, |m|_1 summed
+over channels, the controller of lambda (1e-3 at first; times 5 after more than 5 steps in a row
 that reach the cosine, divided by 5 after more than 5 that do not, within [lambda_min, 1e5]), Adam
 (0.5, 0.9) at 0.5. Where we differ: steps are counted, not epochs, and all are made; the rate falls
 to 0.1 and 0.05 at `milestones` (shares of the steps; the code: epochs 200 and 500 of 1,000); the
