@@ -49,8 +49,8 @@ def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
     """
     labels = clean.table(np.arange(len(clean)))[0]
     if not (labels >= 0).any():
-        raise UserError("defense oracle_finetune needs labelled images for its oracle, and data "
-                        f"set {cfg.data.name!r} has none")
+        raise UserError(f"defense {cfg.defense.name} needs labelled images for its oracle, and "
+                        f"data set {cfg.data.name!r} has none")
     if cfg.defense.oracle.name == "ground_truth":
         return _ground_truth(cfg, len(clean.classes))
     return _classifier(cfg, clean, labels, mesh, folder, key)

@@ -83,9 +83,10 @@ def test_length_of_the_queues():
 
 
 def test_every_defense_is_held_to_the_truth_test():
-    # Those of image-text models in test_fine_tune.py and test_oracle_finetune.py.
-    assert lookup.methods("defenses", offers="run") == ["distill", "fine_tune", "oracle_finetune",
-                                                        "retrain"]
+    # Those of image-text models in the files of their names.
+    assert lookup.methods("defenses", offers="run") == [
+        "clean_clip", "distill", "fine_tune", "norm_only", "oracle_filter", "oracle_finetune",
+        "retrain"]
 
 
 @pytest.mark.parametrize("method", [distill, retrain])
