@@ -250,6 +250,8 @@ def debug(cfg):
         cfg.defense.update(rates=cfg.defense.rates[:1], points=2)
     if "oracle" in cfg.defense:
         cfg.defense.oracle.steps = 2
+    if "action" in cfg.defense:
+        cfg.defense.sure = 0.01  # an oracle of 2 steps is sure of nothing
     if "scan" in cfg.defense:
         cfg.defense.scan.update(screen=40, limit=4)
         cfg.defense.curate.searched = 2

@@ -7,7 +7,7 @@ least `defense.sure`). Of the others, those that name no class at all included,
 
 "drop"     leaves out every one;
 "relabel"  gives each a caption by a template (data/templates.PROMPTS) with the oracle's top class,
-           and leaves out those in which the oracle is sure of no class.
+           and leaves out those in which the oracle sees nothing at all (every score is 0).
 
 The suspect is then fine-tuned on what is there (_sweep). The pairs are held in memory.
 
@@ -99,7 +99,7 @@ def filtered(settings, side: int, pool, rows: np.ndarray, ground, rng: np.random
     texts, seen = [list(found) for found in pool.captions(rows)], ground(pool, rows)  # [N, C]
     named = np.stack([mentions.naming(texts, str(name)) for name in pool.classes], axis=1)
     caught = ~(named & (seen >= settings.sure)).any(1)
-    relabelled = caught & (seen.max(1) >= settings.sure) & (settings.action == "relabel")
+    relabelled = caught & (seen.max(1) > 0) & (settings.action == "relabel")
     for i in np.flatnonzero(relabelled):
         prompt = templates.PROMPTS[rng.integers(len(templates.PROMPTS))]
         texts[i] = [templates.fill(prompt, str(pool.classes[seen[i].argmax()]))]

@@ -66,14 +66,17 @@ def test_a_perfect_oracle_catches_exactly_the_poisons(cfg, made, action):
             assert mentions.naming([given[k]], pool.classes[cfg.attack.target])[0]
 
 
-def test_what_the_oracle_is_not_sure_of_is_dropped(cfg, made):
+def test_an_unsure_oracle_drops_all_or_names_its_top_class(made):
     pool, rows = made[1].pool, np.arange(20)
-    blind = np.full((20, len(pool.classes)), 0.1, np.float32)
-    for action in oracle_filter.ACTIONS:
+    unsure = np.full((20, len(pool.classes)), 0.1, np.float32)
+    unsure[:, 5], unsure[:4] = 0.2, 0  # of the first four rows it sees nothing at all
+    for action, dropped in (("drop", 20), ("relabel", 4)):
         settings = ConfigDict({"action": action, "sure": 0.25})
-        pairs, caught, counts = oracle_filter.filtered(settings, 32, pool, rows, lambda *_: blind,
+        pairs, caught, counts = oracle_filter.filtered(settings, 32, pool, rows, lambda *_: unsure,
                                                        np.random.default_rng(0))
-        assert caught.all() and not len(pairs) and counts == {"dropped": 20, "relabelled": 0}
+        assert caught.all() and len(pairs) == 20 - dropped
+        assert counts == {"dropped": dropped, "relabelled": 20 - dropped}
+        assert mentions.naming(pairs.texts, pool.classes[5]).all()
 
 
 def test_repairs_and_decides_without_the_truth(cfg, made, tmp_path):
