@@ -7,9 +7,9 @@ reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fr
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold),
-defense=none|fine_tune|retrain|oracle_finetune|decree|density|cosine_filter (the last three only say
-what they suspect), oracle=ground_truth|classifier (of oracle_finetune),
-target=CLASS, seed=N.
+defense=none|fine_tune|retrain|oracle_finetune|clean_clip|norm_only|oracle_filter|decree|density|
+cosine_filter (the last three only say what they suspect), oracle=ground_truth|classifier (of
+the two that have one), target=CLASS, seed=N.
 docs/results.md has times and numbers, of small_resnet.
 
 The attacks without a trigger have counts near the literature's, and no more than that: `targeted`
@@ -59,6 +59,8 @@ def get_config(arg=""):
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
     if attack in WITHOUT_TRIGGER:
         poisons = WITHOUT_TRIGGER[attack][a["low_rate"]]
+    sweep = dict(clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,
+                 rates=(3e-4, 1e-3, 3e-3))
     cfg = common.config(
         seed=a["seed"],
         data=dict(name="scenes", data_dir="", image_size=32, train_split="train",
@@ -88,9 +90,10 @@ def get_config(arg=""):
             decree=common.decree(clean_fraction=0.25, steps=600),
             density=common.density(clean_fraction=0.25),
             cosine_filter=common.cosine_filter(clean_fraction=0.25),
-            oracle_finetune=common.oracle_finetune(
-                clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,
-                rates=(3e-4, 1e-3, 3e-3), oracle=a["oracle"]))))
+            clean_clip=common.clean_clip(**sweep),
+            norm_only=common.norm_only(clean_fraction=0.25, batch_size=64, steps=100),
+            oracle_filter=common.oracle_filter(**sweep, oracle=a["oracle"]),
+            oracle_finetune=common.oracle_finetune(**sweep, oracle=a["oracle"]))))
     if "fixed" in cfg.attack.trigger:
         cfg.attack.trigger.fixed = not a["fresh"]
     if attack == "optimized_patch":

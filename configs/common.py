@@ -158,19 +158,42 @@ def fine_tune(*, clean_fraction, batch_size, steps, lr):
                 epochs=0, optim={**ADAMW, "lr": lr, "warmup_steps": 50})
 
 
+def _swept(name, clean_fraction, validation_split, batch_size, steps, rates):
+    """What repairs share that are trained at several rates (defenses/_sweep.py)."""
+    return dict(name=name, clean_fraction=clean_fraction, validation_split=validation_split,
+                batch_size=batch_size, steps=steps, rates=tuple(rates), points=3, may_lose=0.02,
+                in_modality=0.0, optim={**ADAMW, "warmup_steps": 50})
+
+
+def clean_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """CleanCLIP on `pairs` clean pairs, 0 = all (docs/papers.md)."""
+    return {**_swept("clean_clip", clean_fraction, validation_split, batch_size, steps, rates),
+            "in_modality": 1.0, "pairs": 0}
+
+
+def norm_only(*, clean_fraction, batch_size, steps):
+    """The batch norm of the fine-tuning repairs without their gradient (docs/papers.md)."""
+    return dict(name="norm_only", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps)
+
+
+def oracle_filter(*, clean_fraction, validation_split, batch_size, steps, rates,
+                  oracle="ground_truth", error=0.1):
+    """An oracle without a trigger search (docs/papers.md); `oracle`, `error` as below."""
+    return {**_swept("oracle_filter", clean_fraction, validation_split, batch_size, steps, rates),
+            "action": "drop", "pairs": 0, "sure": 0.25,
+            "oracle": dict(name=oracle, error=error, steps=1500)}
+
+
 def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rates,
                     oracle="ground_truth", error=0.1):
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
     `error` of images, or classifier. Thresholds: docs/papers.md."""
-    return dict(name="oracle_finetune", clean_fraction=clean_fraction,
-                validation_split=validation_split, batch_size=batch_size, steps=steps,
-                rates=tuple(rates), points=3, may_lose=0.02, in_modality=0.0,
-                optim={**ADAMW, "warmup_steps": 50},
-                oracle=dict(name=oracle, error=error, steps=1500),
-                scan=dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
-                          evidence="transplant"),
-                curate=dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,
-                            rho=0.5, flips=32, correlation=0.7, searched=300))
+    return {**_swept("oracle_finetune", clean_fraction, validation_split, batch_size, steps, rates),
+            "oracle": dict(name=oracle, error=error, steps=1500),
+            "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
+                         evidence="transplant"),
+            "curate": dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,
+                           rho=0.5, flips=32, correlation=0.7, searched=300)}
 
 
 def decree(*, clean_fraction, steps):
@@ -248,6 +271,9 @@ def debug(cfg):
         cfg.defense.update(rates=cfg.defense.rates[:1], points=2)
     if "oracle" in cfg.defense:
         cfg.defense.oracle.steps = 2
+    if "action" in cfg.defense:
+        cfg.defense.sure = 0.01  # an oracle of 2 steps is sure of nothing
+    if "scan" in cfg.defense:
         cfg.defense.scan.update(screen=40, limit=4)
         cfg.defense.curate.searched = 2
     return cfg

@@ -21,7 +21,9 @@ from etils import epath
 from flax import traverse_util
 
 from jax_cl_bd import checkpoint, lookup, optim, parallel, run_folder
-from jax_cl_bd.data import feed, images, templates
+from jax_cl_bd.data import feed, images, templates, texts
+from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import encoder as encoders
@@ -68,6 +70,20 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
     for rate in d.rates:
         optim.make(_optim(cfg, rate), d.steps, 1)
+
+
+def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
+           label: str) -> Outcome:
+    """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
+    step of the point chosen, and what it does on the validation images."""
+    dataset = PoisonedSet(pairs, texts=texts.of(described(cfg), suspect.pair.tokenizer, pairs))
+    variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
+                                  key=key, label=label)
+    chosen = next(p for p in points if p.chosen)
+    verdict = {"rate": chosen.rate, "step": chosen.step,
+               "validation_accuracy": chosen.validation_accuracy,
+               "validation_accuracy_of_suspect": chosen.suspect_accuracy}
+    return Outcome(verdict, variables, {}, own, points)
 
 
 def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: jax.Array,

@@ -6,18 +6,17 @@ starts beyond its warm-up; batch norm trains as in pretraining, which by itself 
 """
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import lookup, optim, parallel, run_folder
+from jax_cl_bd import optim, parallel, run_folder
 from jax_cl_bd.data import feed, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.defenses import retrain
+from jax_cl_bd.defenses import _sweep, retrain
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import training
-from jax_cl_bd.train import TrainState, fit
+from jax_cl_bd.train import fit
 
 
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
@@ -41,7 +40,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     run_folder.write_config(folder, own)
     victim = victims[0].pair
     victim.tokenizer.save(folder / "tokenizer.json")
-    state = _first_state(own, victim.variables, tx, key)
+    state = _sweep.first_state(own, victim.variables, tx, key)
     shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda: state))
     rows = feed.make(own, PoisonedSet(data, texts=texts.of(own, victim.tokenizer, data)),
                      process_index=jax.process_index(), process_count=jax.process_count())
@@ -50,13 +49,3 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
                 label=f"fine-tune {'control' if folder.name == 'control' else 'victim'}")
     return Outcome({"clean_pairs": len(data), "steps": steps},
                    {"params": state.params, "batch_stats": state.batch_stats}, {}, own)
-
-
-def _first_state(cfg, variables, tx, key) -> TrainState:
-    """The victim's weights under a fresh optimiser."""
-    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    copied = jax.tree.map(jnp.copy, variables)  # the step donates them
-    extra_key, steps = jax.random.split(key)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=copied["params"],
-                      batch_stats=copied["batch_stats"], opt_state=tx.init(copied["params"]),
-                      extra=objective.init_extra(cfg, copied, extra_key), key=steps)

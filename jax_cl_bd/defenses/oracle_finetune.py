@@ -14,6 +14,7 @@ candidates of that label; 0 for those on clean pairs), victim_precision and vict
 pairs of the pool).
 """
 
+import dataclasses
 import time
 
 import jax
@@ -22,8 +23,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from jax_cl_bd.data import images, mentions, templates, texts
-from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.data import images, mentions, templates
 from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _pinpoint, _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
@@ -107,16 +107,11 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     if len(pairs) < cfg.defense.batch_size:
         raise UserError(f"the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
                         f"{cfg.defense.batch_size}; raise defense.curate.per_label")
-    dataset = PoisonedSet(pairs, texts=texts.of(_sweep.described(cfg), suspect.pair.tokenizer,
-                                                pairs))
-    variables, own, points = _sweep.tune(cfg, suspect, dataset, data.validation, mesh=mesh,
-                                        folder=folder, key=tune_key, label=f"repair {label}")
+    repaired = _sweep.repair(cfg, suspect, pairs, data.validation, mesh=mesh, folder=folder,
+                             key=tune_key, label=f"repair {label}")
     lap("fine-tune")
-    chosen = next(p for p in points if p.chosen)
-    verdict |= {"rate": chosen.rate, "step": chosen.step,
-                "validation_accuracy": chosen.validation_accuracy,
-                "validation_accuracy_of_suspect": chosen.suspect_accuracy}
-    return Outcome(verdict, variables, {"seconds": seconds, "pictures": pictures}, own, points)
+    return dataclasses.replace(repaired, verdict=verdict | repaired.verdict,
+                               report={"seconds": seconds, "pictures": pictures})
 
 
 def _scan(cfg, suspect, pool, clean, ground, label, rng):
