@@ -171,6 +171,12 @@ def clean_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
             "in_modality": 1.0, "pairs": 0}
 
 
+def par(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """Perturb and Recover with the authors' tau (docs/papers.md)."""
+    return {**_swept("par", clean_fraction, validation_split, batch_size, steps, rates),
+            "tau": 2.15}
+
+
 def norm_only(*, clean_fraction, batch_size, steps):
     """The batch norm of the fine-tuning repairs without their gradient (docs/papers.md)."""
     return dict(name="norm_only", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps)
