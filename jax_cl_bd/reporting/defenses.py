@@ -13,7 +13,8 @@ def section(run: Run, pictures: list[Picture]) -> str:
     parts = []
     for name, found in run.defenses.items():
         parts.append(f"<h3>{html.text(name)}</h3>")
-        known = [(k.replace("_", " "), v) for k, v in flat(found.get("verdict", {}))]
+        known = [(k.replace("_", " "), f"{v:.4g}" if isinstance(v, float) else v)
+                 for k, v in flat(found.get("verdict", {}))]
         if "seconds" in found:
             known.append(("seconds", f"{found['seconds']:,.0f}"))
         parts.append(html.pairs(known))
@@ -57,7 +58,7 @@ def lowest(front: dict) -> str:
     """The lowest attack success within a loss of clean accuracy, beside the defender's choice."""
     chosen = next(p for p in front["points"] if p["chosen"])
     rows = [("defender's choice", chosen)]
-    rows += [(f"lowest within {100 * float(loss):g} points of clean accuracy", point)
+    rows += [(f"lowest that loses at most {100 * float(loss):g} % of clean accuracy", point)
              for loss, point in front["lowest"].items()]
     return html.table(
         ["point", "learning rate", "step", "clean accuracy", "attack success rate"],
