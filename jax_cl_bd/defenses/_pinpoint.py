@@ -99,13 +99,12 @@ def matches(trigger: Trigger, x: np.ndarray) -> np.ndarray:
     image, over all three channels: float32 [N], in [-1, 1]."""
     best = np.full(len(x), -1.0, np.float32)
     for pixels in trigger.bank:
-        if min(pixels.shape[:2]) > 0:
-            for start in range(0, len(x), _BLOCK):
-                part = x[start:start + _BLOCK]
-                padded = np.zeros((_BLOCK, *x.shape[1:]), np.uint8)
-                padded[:len(part)] = part
-                found = np.asarray(_correlation(padded, pixels))[:len(part)]
-                best[start:start + _BLOCK] = np.maximum(best[start:start + _BLOCK], found)
+        for start in range(0, len(x), _BLOCK):
+            part = x[start:start + _BLOCK]
+            padded = np.zeros((_BLOCK, *x.shape[1:]), np.uint8)
+            padded[:len(part)] = part
+            found = np.asarray(_correlation(padded, pixels))[:len(part)]
+            best[start:start + _BLOCK] = np.maximum(best[start:start + _BLOCK], found)
     return best
 
 

@@ -58,8 +58,8 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     if not d.rates or min(d.rates) <= 0 or sorted(set(d.rates)) != list(d.rates):
         raise UserError(f"defense.rates={tuple(d.rates)} must be positive learning rates, "
                         "ascending, each once")
-    if d.steps < 1 or not 1 <= d.points <= d.steps:
-        raise UserError(f"defense.points={d.points} must be 1 to defense.steps={d.steps}")
+    if d.steps < 1 or d.points < 1 or d.steps % d.points:
+        raise UserError(f"defense.points={d.points} must divide defense.steps={d.steps}")
     if not 0 <= d.may_lose < 1:
         raise UserError(f"defense.may_lose={d.may_lose} must lie in [0, 1)")
     if not d.validation_split:
