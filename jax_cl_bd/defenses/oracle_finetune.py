@@ -93,13 +93,14 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     verdict = _verdict(pool, candidates, counts, triggers, found, cfg.defense.curate.rho)
     if truth is not None:
         verdict |= _score(truth, suspect.image_size, candidates, triggers, found)
-    pictures = _draw(folder, pool, candidates, triggers, suspect.image_size)
+    # Rows of the set that was trained on, see data/poisoned.py: what there is to throw away.
+    report = {"seconds": seconds, "victims": [int(pool.order[row]) for row in sorted(found)],
+              "pictures": _draw(folder, pool, candidates, triggers, suspect.image_size)}
     if not triggers:
         own = _sweep.described(cfg)
         _sweep.keep(folder, own, suspect.pair.variables, 0, suspect)
         verdict |= {"compact_set_pairs": 0, "compact_set": dict.fromkeys(_compact_set.PARTS, 0)}
-        return Outcome(verdict, suspect.pair.variables,
-                       {"seconds": seconds, "pictures": pictures}, own)
+        return Outcome(verdict, suspect.pair.variables, report, own)
     pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool, data.clean,
                                        triggers, found, ground, cfg.defense.curate.rho, rng)
     lap("curate")
@@ -110,8 +111,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     repaired = _sweep.repair(cfg, suspect, pairs, data.validation, mesh=mesh, folder=folder,
                              key=tune_key, label=f"repair {label}")
     lap("fine-tune")
-    return dataclasses.replace(repaired, verdict=verdict | repaired.verdict,
-                               report={"seconds": seconds, "pictures": pictures})
+    return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
 
 
 def _scan(cfg, suspect, pool, clean, ground, label, rng):

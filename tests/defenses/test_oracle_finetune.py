@@ -94,6 +94,8 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     opened = jax_cl_bd.load_encoder(tmp_path / "known")
     again = encoder.of_parts(known.cfg, known.variables, victim.mesh, victim.pair.tokenizer)
     np.testing.assert_allclose(opened.text(["a red star"]), again.text(["a red star"]), atol=1e-6)
+    rows = np.array(known.report["victims"])  # poisons have the numbers behind the source's rows
+    assert len(rows) == verdict["victims"] and (rows >= len(source)).mean() >= 0.9
     assert set(known.report["pictures"]) == {"candidates.png", "trigger.png"}
     # The same command over a finished folder computes nothing anew and says the same.
     _, same = repaired(cfg, made, tmp_path / "known", truth)
