@@ -168,7 +168,7 @@ def _swept(name, clean_fraction, validation_split, batch_size, steps, rates):
 def clean_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
     """CleanCLIP on `pairs` clean pairs, 0 = all (docs/papers.md)."""
     return {**_swept("clean_clip", clean_fraction, validation_split, batch_size, steps, rates),
-            "in_modality": 1.0, "pairs": 0}
+            "in_modality": 1.0, "cross_modal": True, "pairs": 0}
 
 
 def par(*, clean_fraction, validation_split, batch_size, steps, rates):

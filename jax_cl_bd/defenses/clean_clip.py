@@ -4,7 +4,9 @@ Bansal, Singhi, Yang, Yin, Grover, Chang: "CleanCLIP: Mitigating Data Poisoning 
 Multimodal Contrastive Learning", ICCV 2023, arXiv 2303.03323; code nishadsinghi/CleanCLIP
 (src/train.py). The loss is L_CLIP + defense.in_modality * L_SS (objectives/in_modality.py; 1.0 is
 CleanCLIP's, 0.0 its control "CLIP loss only"), with the learned scale shared by all terms unless
-the victim's own objective.in_modality_temperature says otherwise. Differences:
+the victim's own objective.in_modality_temperature says otherwise. defense.cross_modal = False
+leaves L_CLIP out (objectives/unimodal.py), the third loss of Verma et al. (arXiv 2311.14948).
+Differences:
 
 - The augmented image is drawn by the config's augment.view2, where CleanCLIP has AutoAugment's
   ImageNet policy; EDA takes synonyms from a small table (data/captions.py) instead of WordNet.
@@ -40,6 +42,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """
     _sweep.check(cfg)
     d = cfg.defense
+    if not d.cross_modal and d.in_modality <= 0:
+        raise UserError(f"defense.cross_modal=False and in_modality={d.in_modality} leave no loss; "
+                        "set one of them")
     if not 0 <= d.pairs <= clean:
         raise UserError(f"defense.pairs={d.pairs} must be 0 (all) to the {clean} clean pairs; "
                         f"raise defense.clean_fraction={d.clean_fraction} for more")
@@ -59,7 +64,10 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     if cfg.defense.pairs:
         rng = np.random.default_rng([_SEED, cfg.seed])
         clean = sources.Subset(clean, np.sort(rng.permutation(len(clean))[:cfg.defense.pairs]))
-    repaired = _sweep.repair(cfg, victims[0], clean, data.validation, mesh=mesh, folder=folder,
+    own = ml_collections.ConfigDict(cfg.to_dict())
+    if not cfg.defense.cross_modal:
+        own.objective.name = "unimodal"
+    repaired = _sweep.repair(own, victims[0], clean, data.validation, mesh=mesh, folder=folder,
                              key=key, label=f"clean {label}")
     return dataclasses.replace(repaired,
                                verdict={"clean_pairs": len(clean), **repaired.verdict})

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import jax_cl_bd
 from configs import clip_scenes
-from jax_cl_bd import defend, parallel
+from jax_cl_bd import defend, metrics, parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.defenses import _sweep, clean_clip, fine_tune
@@ -77,12 +77,25 @@ def test_without_the_term_it_is_fine_tuning_by_the_loss_alone(cfg, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, point, jax.tree.map(np.asarray, tuned.variables))
 
 
+def test_without_the_clip_loss_it_is_the_in_modality_term_alone(cfg, tmp_path):
+    mine = ConfigDict(cfg.to_dict())
+    mine.defense.update(cross_modal=False, points=1)
+    _, found = repaired(mine, tmp_path)
+    lines = metrics.read_lines(epath.Path(tmp_path) / "rate_0.0003" / "metrics.jsonl")
+    losses = [line for line in lines if "train/loss" in line]
+    assert losses
+    for line in losses:
+        assert line["train/loss"] == pytest.approx(line["train/in_modality_loss"])
+    assert jax_cl_bd.load_encoder(tmp_path).text(["a red star"]).shape == (1, 16)
+
+
 def test_bad_settings_are_refused(cfg):
     clean_clip.check(cfg, 40)
     for changes, clean, says in (({"pairs": 41}, 40, "pairs=41"), ({"pairs": -1}, 40, "pairs=-1"),
                                  ({"pairs": 8}, 40, "8 clean pairs are fewer"),
                                  ({}, 15, "15 clean pairs are fewer"),
                                  ({"in_modality": -1.0}, 40, "in_modality"),
+                                 ({"in_modality": 0.0, "cross_modal": False}, 40, "no loss"),
                                  ({"rates": ()}, 40, "rates")):
         mine = ConfigDict(cfg.to_dict())
         mine.defense.update(changes)

@@ -7,12 +7,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import clip, in_modality, siglip
+from jax_cl_bd.objectives import clip, in_modality, siglip, unimodal
 from tests.objectives.reference import differences, unit
 
 B, D = 4, 3
 NAMES = ("view1", "view2", "tokens", "tokens2")
 MODULES = {"clip": clip, "siglip": siglip}
+ALONE = {**MODULES, "unimodal": unimodal}
 
 
 def config(name, **fields):
@@ -56,7 +57,7 @@ def run(name, cfg, bias, data):
 
     def f(log_scale, data):
         v = {**variables, "params": {**variables["params"], "scale": {"logit_scale": log_scale}}}
-        return MODULES[name].loss(cfg, v, {}, data, fns, jax.random.key(0), 0)
+        return ALONE[name].loss(cfg, v, {}, data, fns, jax.random.key(0), 0)
 
     (value, (_, _, metrics)), grads = jax.jit(
         jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(np.float32(1.2), data)
@@ -101,6 +102,21 @@ def test_value_and_gradient(name, bias, tau):
         np.testing.assert_allclose(on[1][1][key] - off[1][1][key], want, rtol=1e-3, atol=3e-6)
     want = 0.0 if tau else differences(lambda x: reference(scale=x), 1.2)
     np.testing.assert_allclose(on[1][0] - off[1][0], want, rtol=1e-3, atol=3e-6)
+
+
+def test_alone_it_is_all_of_the_loss():
+    data = batch()
+    value, (of_scale, of_data), metrics = run("unimodal", config("unimodal", in_modality=0.7),
+                                              None, data)
+    np.testing.assert_allclose(value, 0.7 * l_ss(data, np.exp(1.2)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["in_modality_loss"], value / 0.7, rtol=1e-6)
+    for key in NAMES:
+        want = differences(lambda x: 0.7 * l_ss({**data, key: x}, np.exp(1.2)), data[key])
+        np.testing.assert_allclose(of_data[key], want, rtol=1e-3, atol=3e-6)
+    want = differences(lambda x: 0.7 * l_ss(data, np.exp(x)), 1.2)
+    np.testing.assert_allclose(of_scale, want, rtol=1e-3)
+    with pytest.raises(UserError, match="in_modality = 0.0"):
+        unimodal.heads(config("unimodal").objective)
 
 
 def test_rows_are_originals_and_columns_augmented():
