@@ -82,6 +82,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         run_folder.write_config(place, cfg)
         run_folder.begin(place / "pretrain", settings)
         own = training.sized(cfg, rows=len(dataset.pair), steps_per_epoch=per_epoch)
+        training.check_steps(own, steps)  # again: by now the length of an epoch is certain
         state, shardings = born_sharded(training.make_init(own, tx), training.first_key(cfg), mesh,
                                         weights)
         rows_feed = feed.make(cfg, dataset, clean=clean, process_index=jax.process_index(),

@@ -148,10 +148,11 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
 
 
 def _dispatches(batches: Iterator, start: int, steps: int, dispatch: int):
-    """Yields (step after it, how many steps, batch); the rest of a division is done singly."""
+    """Yields (step after it, how many steps, batch); the rest of a division is done singly, and so
+    are the steps to the next multiple where a run goes on between two."""
     step = start
     while step < steps:
-        count = dispatch if steps - step >= dispatch else 1
+        count = dispatch if steps - step >= dispatch and step % dispatch == 0 else 1
         parts = [next(batches) for _ in range(count)]
         step += count
         yield step, count, parts[0] if count == 1 else jax.tree.map(lambda *a: np.stack(a), *parts)

@@ -153,6 +153,8 @@ def make_refresh(cfg, feed, mesh):
     has it again, bit for bit. The mask lies in `extra["safe"]`, by row of the poisoned set.
     """
     o = cfg.objective
+    # Not evals.batch_size: the shape decides last bits, and that setting may change no weight.
+    size = 4 * cfg.train.batch_size
     apply_fns = parts.make_apply_fns(pair.modules_of(cfg))
     measure = jax.jit(lambda variables, data, batch: cosines(cfg, variables, data, batch,
                                                              apply_fns))
@@ -163,7 +165,7 @@ def make_refresh(cfg, feed, mesh):
             return state
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         found = [jax.device_get(measure(variables, data, parallel.put_rows(mesh, batch)))[:count]
-                 for batch, count in feed.everything(cfg.evals.batch_size)]
+                 for batch, count in feed.everything(size)]
         c = np.concatenate(found)
         p, figures = safe_split.posterior(c)
         if since == 0:

@@ -1,12 +1,19 @@
 """SafeCLIP in the loop: what the split sees, when it is made, and that a resume repeats it."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from etils import epath
 
 from configs import clip_scenes
-from jax_cl_bd import optim, parallel
+from jax_cl_bd import checkpoint, optim, parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
@@ -32,7 +39,6 @@ def config(**data):
     cfg.data.update(scenes_train=40, **data)
     cfg.objective.update(uni_steps=2, cross_steps=1, epoch_steps=2)
     cfg.train.update(batch_size=8, save_every=1, log_every=1, steps=STEPS)
-    cfg.evals.batch_size = 16  # 38 rows: the last of three batches is filled up
     return cfg
 
 
@@ -77,12 +83,34 @@ def test_a_resumed_run_has_the_same_bits_wherever_it_was_killed(tmp_path):
     whole = run(tmp_path / "whole", STEPS, watch=seen)
     assert tuple(step for step, *_ in seen) == DUE
     assert not np.array_equal(seen[0][1], seen[-1][1])  # each split is another, or all are moot
-    for at in (5, 6):  # a split is due at 5; at 6 the last one lies in the checkpoint
-        place, again = tmp_path / str(at), []
-        stopped = run(place, at)
-        np.testing.assert_array_equal(stopped.extra["safe"], seen[at - 5][1])
-        same(run(place, STEPS, watch=again), whole)
-        assert tuple(step for step, *_ in again) == tuple(s for s in DUE if s >= at)
+    again = []
+    stopped = run(tmp_path / "six", 6)  # the second split lies in the checkpoint
+    np.testing.assert_array_equal(stopped.extra["safe"], seen[1][1])
+    same(run(tmp_path / "six", STEPS, watch=again), whole)
+    assert [step for step, *_ in again] == [7]
+    child = subprocess.run([sys.executable, "-c", "from tests.objectives import "
+                            "test_safeclip_split as t; t.die_while_splitting()",
+                            str(tmp_path / "killed")], cwd=Path(__file__).parents[2])
+    assert child.returncode == -signal.SIGKILL
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "killed" / "checkpoints")) == 5
+    same(run(tmp_path / "killed", STEPS, watch=again), whole)
+    assert [step for step, *_ in again] == [7, 5, 7]
+
+
+def die_while_splitting():
+    """Trains in the folder that the command names, and is killed in the middle of the second split.
+    """
+    calls, posterior = [], safe_split.posterior
+
+    def shot(cosines):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return posterior(cosines)
+
+    flags.FLAGS.mark_as_parsed()
+    pair.modules_of, safe_split.posterior = tiny_pair.modules_of, shot
+    run(sys.argv[-1], STEPS)
 
 
 def test_split_is_of_plain_rows_in_test_mode_and_the_ratio_grows():
