@@ -8,7 +8,7 @@ the class and nothing else. Full size: ResNet-18 with the CIFAR stem, all 50,000
 of batches of 512, 500 poisons (1 %), trigger of 6 px; for one GPU. `reduced` is 10,000 images, 400
 poisons (4 %), a small ResNet and 6,000 steps of 64, for a CPU with 2 cores.
 Arguments after the colon: the attack and `fresh` (see configs/clip_scenes.py), reduced, debug,
-objective=clip|siglip, target=CLASS, seed=N. docs/results.md has what came out.
+objective=clip|siglip|roclip|safeclip, target=CLASS, seed=N. docs/results.md has what came out.
 """
 
 from configs import clip_scenes, common
@@ -23,7 +23,8 @@ def get_config(arg=""):
         data=dict(name="tfds:cifar10", data_dir="", image_size=32, train_split="train",
                   test_split="test", limit=0, feed="resident", workers=0, skip_corrupt=False,
                   classes_file="", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616),
-                  captions="templates", captions_per_row=5, text_augment="none"),
+                  captions="templates", captions_per_row=5,
+                  text_augment=common.TEXT_AUGMENT.get(a["objective"], "none")),
         attack=common.pair_attack(attack, target=a["target"], poisons=500, trigger_size=6, side=32),
         augment=dict(view1={**common.PLAIN_VIEW, "crop_scale": (0.4, 1.0), "flip": 0.5,
                             "crop_ratio": (3 / 4, 4 / 3)},
@@ -32,7 +33,9 @@ def get_config(arg=""):
                    stages=(), dtype="bfloat16", bn_groups=1),
         text=dict(common.SMALL_TEXT),
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": 128},
+                   "dim": 128,
+                   **common.defended(a["objective"], rows=50_000, batch_size=512, steps=9700,
+                                     lr=1e-3)},
         optim={**common.ADAMW, "lr": 1e-3, "warmup_steps": 500},
         evals=common.evals(probes=("zero_shot", "linear_probe", "z_score",
                                    *clip_scenes.MEASURED_BY.get(attack, ()))),
@@ -49,6 +52,8 @@ def get_config(arg=""):
                          stages=(64, 128), dtype="float32")
         cfg.text.update(width=64, layers=1, heads=2)
         cfg.optim.update(lr=4e-3, warmup_steps=100)
+        cfg.objective.update(common.defended(a["objective"], rows=10_000, batch_size=64, steps=6000,
+                                             lr=4e-3))
         cfg.train.update(steps=6000, epochs=0, batch_size=64, log_every=100, save_every=1000,
                          eval_every=1000)
         if attack == "optimized_patch":

@@ -29,9 +29,9 @@ AutoAugment's, ours MoCo's of the central square; EDA captions), batches of 1,02
 The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
 --config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
-reference, optimized_patch, random_patch, none), tower=rn50|vit_b32, objective=clip|siglip,
-in_modality,
-downstream=DATA, seed=N.
+reference, optimized_patch, random_patch, none), tower=rn50|vit_b32,
+objective=clip|siglip|roclip|safeclip (the last two with lengths for 1 M pairs; configs/common.py),
+in_modality (of clip and siglip), downstream=DATA, seed=N.
 """
 
 from configs import common
@@ -52,21 +52,26 @@ def get_config(arg=""):
     a = common.parse(arg, debug=False, attack="badnets", tower="rn50", objective="clip",
                      in_modality=False, downstream="", seed=0)
     common.choose("attack", a["attack"], dict.fromkeys(ATTACKS))
-    both = a["in_modality"]
+    both, defends = a["in_modality"], a["objective"] in common.TEXT_AUGMENT
+    if both and defends:
+        raise ValueError("argument in_modality after the colon of --config is for objectives clip "
+                         f"and siglip, and objective is {a['objective']!r}")
+    term = {} if defends else {"in_modality": 1.0 if both else 0.0}
     cfg = common.config(
         seed=a["seed"], downstream=a["downstream"],
         data=dict(name="pairs:data/pairs", data_dir="", image_size=224, train_split="train",
                   test_split="test", limit=0, feed="streamed", workers=8, skip_corrupt=False,
                   classes_file="", mean=(0.48145466, 0.4578275, 0.40821073),
                   std=(0.26862954, 0.26130258, 0.27577711), captions="", captions_per_row=5,
-                  center_crop=True, text_augment="eda" if both else "none"),
+                  center_crop=True, text_augment=common.TEXT_AUGMENT.get(
+                      a["objective"], "eda" if both else "none")),
         attack=common.pair_attack(a["attack"], target=0, poisons=1500, trigger_size=16, side=224),
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.MOCO_VIEW),
                      interpolation="bicubic"),
         model=dict(common.choose("tower", a["tower"], TOWERS)),
         text={**common.TEXT, "end": 1, "dtype": "bfloat16"},
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": DIMS[a["tower"]], "in_modality": 1.0 if both else 0.0},
+                   "dim": DIMS[a["tower"]], **term},
         optim={**common.ADAMW, "lr": 1e-3 if both else 5e-4, "warmup_steps": 10_000},
         evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
                            fraction=0.1),

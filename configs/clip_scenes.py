@@ -6,7 +6,8 @@ Arguments after the colon: the attack (badnets, blended, sig, wanet, label_consi
 reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fresh (noise drawn
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
-objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold),
+objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold) or
+roclip|safeclip (CLIP that defends itself while it trains; victim and control are trained so),
 defense=none|fine_tune|retrain|oracle_finetune|clean_clip|par|norm_only|oracle_filter|decree|
 density|cosine_filter (the last three only say what they suspect), oracle=ground_truth|classifier
 (of the two that have one), target=CLASS, seed=N.
@@ -66,8 +67,9 @@ def get_config(arg=""):
         data=dict(name="scenes", data_dir="", image_size=32, train_split="train",
                   test_split="test", limit=0, feed="resident", workers=0, skip_corrupt=False,
                   classes_file="", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), captions="",
-                  captions_per_row=4, text_augment="none", scenes_train=rows, scenes_test=1000,
-                  scenes_objects=1),
+                  captions_per_row=4,
+                  text_augment=common.TEXT_AUGMENT.get(a["objective"], "none"), scenes_train=rows,
+                  scenes_test=1000, scenes_objects=1),
         attack=common.pair_attack(attack, target=a["target"], poisons=poisons, trigger_size=5,
                                   side=32),
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.SMALL_VIEW),
@@ -76,7 +78,9 @@ def get_config(arg=""):
         text={**common.SMALL_TEXT, "width": 64, "layers": 1, "heads": 2,
               **published.get("text", {})},
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": 128, **published.get("objective", {})},
+                   "dim": 128, **published.get("objective", {}),
+                   **common.defended(a["objective"], rows=rows, batch_size=64, steps=steps,
+                                     lr=LR[a["tower"]])},
         optim={**common.ADAMW, "lr": LR[a["tower"]], "warmup_steps": 100},
         evals=common.evals(probes=("zero_shot", "linear_probe", "retrieval", "z_score",
                                    *MEASURED_BY.get(attack, ()))),

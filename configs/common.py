@@ -50,7 +50,29 @@ PAIR_OBJECTIVES = dict(
               in_modality=0.0, in_modality_temperature=0.0),
     siglip=dict(name="siglip", dim=512, image_projection=True, text_bias=False, ring=False,
                 scale_init=2.302585092994046, bias_init=-10.0, in_modality=0.0,
-                in_modality_temperature=0.0))
+                in_modality_temperature=0.0),
+    # These two defend while they train. Lengths are those of 1 M pairs at batch 128, as published.
+    roclip=dict(name="roclip", dim=512, image_projection=True, scale_init=LN_1_BY_07,
+                break_every=2, epoch_steps=0, queue_batches=171),
+    safeclip=dict(name="safeclip", dim=512, image_projection=True, scale_init=LN_1_BY_07,
+                  queue_batches=2, uni_steps=39_060, cross_steps=7812, cross_rate=0.01,
+                  epoch_steps=0, safe_from=0.9, grow=0.01, top=0.85))
+TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
+
+
+def defended(objective, *, rows, batch_size, steps, lr):
+    """What RoCLIP and SafeCLIP have otherwise in a run of this size; {} for other objectives.
+
+    RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: warm-ups of 5/32 and 1/32 of the steps, as
+    5 and 1 of 32 epochs; rate times steps of the second as published, 5e-6 * 7,812, since at 1 % of
+    the rate so few steps would move nothing; rings of 256 entries, or one batch.
+    """
+    cross = max(1, steps // 32)
+    return dict(
+        roclip=dict(queue_batches=-(-rows // (50 * batch_size))),
+        safeclip=dict(queue_batches=max(1, 256 // batch_size), uni_steps=5 * cross,
+                      cross_steps=cross, cross_rate=min(1.0, 5e-6 * 7812 / (cross * lr)))
+    ).get(objective, {})
 
 
 def parse(arg, **defaults):
@@ -263,6 +285,8 @@ def debug(cfg):
             cfg.objective[name] = 16
     if "queue_batches" in cfg.objective:
         cfg.objective.queue_batches = 2
+    if "uni_steps" in cfg.objective:
+        cfg.objective.update(uni_steps=1, cross_steps=0)
     cfg.train.update(steps=2, batch_size=16, log_every=1, save_every=1, eval_every=0,
                      steps_per_dispatch=1)
     cfg.evals.update(batch_size=64)

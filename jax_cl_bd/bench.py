@@ -53,8 +53,13 @@ def _setup(cfg):
     steps, per_epoch = pretrain.total_steps(cfg, len(dataset.kept))
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     made = feed.make(cfg, dataset)
+    cfg = _sized(cfg, made)
     state, shardings = born_sharded(training.make_init(cfg, tx), jax.random.key(0), mesh)
     return mesh, made, tx, steps, state, shardings
+
+
+def _sized(cfg, made):
+    return training.sized(cfg, rows=len(made.data["pair"]), steps_per_epoch=made.steps_per_epoch)
 
 
 def _texts(cfg, source):
@@ -96,6 +101,7 @@ def step(cfg) -> dict:
     """
     dispatch = cfg.train.steps_per_dispatch
     mesh, made, tx, steps, state, shardings = _setup(cfg)
+    cfg = _sized(cfg, made)
     update = training.make_update(cfg, tx, steps)
     compiled = _compiles()
     with jax.set_mesh(mesh):
@@ -147,6 +153,7 @@ def feed_rate(cfg) -> dict:
     slower than either even if nothing waits.
     """
     mesh, made, tx, steps, state, shardings = _setup(cfg)
+    cfg = _sized(cfg, made)
     batches = made.batches(0)
     with jax.set_mesh(mesh):
         data = parallel.put_replicated(mesh, made.data)

@@ -14,6 +14,7 @@ from etils import epath
 from jax_cl_bd import parallel, run_folder
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder, hub_clip
+from jax_cl_bd.objectives import training
 
 GROUPS = ("model", "text", "objective", "data")
 
@@ -26,7 +27,7 @@ def export(workdir: epath.Path, to: epath.Path) -> str:
     Raises:
         UserError: no trained model there, one that the format cannot hold, or `to` is not empty.
     """
-    cfg = run_folder.read_config(workdir)
+    cfg = training.plain(run_folder.read_config(workdir))
     if cfg.text.name == "none":
         raise UserError(f"{workdir} holds an image encoder alone, and --format=huggingface is for "
                         "CLIP and SigLIP; jax_cl_bd.models.hub.save_resnet writes a ResNet")

@@ -37,6 +37,7 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     """
     training.check(cfg)
     steps, per_epoch = total_steps(cfg, rows)
+    training.check_steps(training.sized(cfg, rows=rows, steps_per_epoch=per_epoch), steps)
     optim.make(cfg.optim, steps, per_epoch)
     feed.check(cfg.data)
     mesh = parallel.make_mesh(cfg.mesh)
@@ -80,13 +81,16 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
             continue
         run_folder.write_config(place, cfg)
         run_folder.begin(place / "pretrain", settings)
-        state, shardings = born_sharded(training.make_init(cfg, tx), training.first_key(cfg), mesh,
+        own = training.sized(cfg, rows=len(dataset.pair), steps_per_epoch=per_epoch)
+        training.check_steps(own, steps)  # again: by now the length of an epoch is certain
+        state, shardings = born_sharded(training.make_init(own, tx), training.first_key(cfg), mesh,
                                         weights)
         rows_feed = feed.make(cfg, dataset, clean=clean, process_index=jax.process_index(),
                               process_count=jax.process_count())
         clean = rows_feed.data.get("clean")
-        fit(training.make_step(cfg, tx, steps), state, shardings, rows_feed, folder=place,
-            steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch)
+        fit(training.make_step(own, tx, steps), state, shardings, rows_feed, folder=place,
+            steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch,
+            refresh=training.make_refresh(own, rows_feed, mesh))
         run_folder.finish(place / "pretrain", settings, step=steps)
 
 

@@ -63,7 +63,8 @@ def compile_step(step_fn: Callable, shardings, steps_per_dispatch: int = 1) -> C
 
 def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.Path, steps: int,
         cfg_train, mesh, label: str,
-        evaluate: Callable[[TrainState], dict[str, float]] | None = None) -> TrainState:
+        evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+        refresh: Callable[[TrainState, Any, int], TrainState] | None = None) -> TrainState:
     """Trains to `steps`, continuing from the newest good checkpoint in `folder`.
 
     Args:
@@ -73,6 +74,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         cfg_train: batch_size, log_every, save_every, eval_every (0 = never), steps_per_dispatch.
         label: stands before the progress.
         evaluate: figures written to metrics.jsonl every eval_every steps and at the end.
+        refresh: (state, data, steps done) -> state, asked outside jit before every dispatch; it
+            knows itself when it has something to do, and gives the same bits for the same state. A
+            checkpoint is that of the state before, so that a resumed run asks again.
 
     Returns:
         The state after `steps` steps, saved.
@@ -107,6 +111,8 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         with contextlib.closing(writer), contextlib.closing(progress), \
                 contextlib.closing(feed.batches(start)) as batches:
             for step, count, batch in _dispatches(batches, start, steps, dispatch):
+                if refresh is not None:
+                    state = refresh(state, data, step - count)
                 batch = parallel.put_rows(mesh, batch, axis=0 if count == 1 else 1)
                 state, values = (single if count == 1 else run)(state, data, batch)
                 unread.append((step, values))
@@ -142,10 +148,11 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
 
 
 def _dispatches(batches: Iterator, start: int, steps: int, dispatch: int):
-    """Yields (step after it, how many steps, batch); the rest of a division is done singly."""
+    """Yields (step after it, how many steps, batch); the rest of a division is done singly, and so
+    are the steps to the next multiple where a run goes on between two."""
     step = start
     while step < steps:
-        count = dispatch if steps - step >= dispatch else 1
+        count = dispatch if steps - step >= dispatch and step % dispatch == 0 else 1
         parts = [next(batches) for _ in range(count)]
         step += count
         yield step, count, parts[0] if count == 1 else jax.tree.map(lambda *a: np.stack(a), *parts)

@@ -26,7 +26,8 @@ VARIANTS = {
                     "defense=cosine_filter", "defense=decree", "defense=par",
                     "blended,objective=siglip", "optimized_patch",
                     "mismatched,defense=retrain", "targeted", "tower=clip_resnet",
-                    "tower=vit", "tower=vit,objective=siglip"],
+                    "tower=vit", "tower=vit,objective=siglip",
+                    "objective=roclip,defense=clean_clip", "objective=safeclip,defense=fine_tune"],
     "clip_pairs": ["", "attack=blended,tower=vit_b32,objective=siglip,downstream=scenes",
                    "attack=optimized_patch,in_modality"],
     "layout_law": ["case=free"],
@@ -111,6 +112,8 @@ def test_clip_scenes_in_debug_mode(tmp_path, arg):
         repaired = load_encoder(tmp_path / "defenses" / cfg.defense.name)
         assert repaired.text(["a photo of a star."]).shape == (1, cfg.objective.dim)
         assert results["defenses"][cfg.defense.name]["zero_shot"]["clean_accuracy"] >= 0
+        described = run_folder.read_config(epath.Path(tmp_path) / "defenses" / cfg.defense.name)
+        assert described.objective.name == ("par" if cfg.defense.name == "par" else "clip")
     assert set(victim["retrieval"]["image_to_text"]) == {"1", "5", "10"}
     for name in cfg.evals.probes[4:]:  # what measures an attack without a trigger
         assert name in victim

@@ -51,14 +51,15 @@ def step_fn(state, data, batch, *, bad_step=-1):
 
 
 def run(folder, steps, *, step=step_fn, dispatch=1, save_every=5, evaluate=None, log_every=5,
-        eval_every=5, around=contextlib.nullcontext):
+        eval_every=5, around=contextlib.nullcontext, refresh=None):
     mesh = parallel.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
     state, shardings = born_sharded(init, jax.random.key(3), mesh)
     cfg = ConfigDict({"log_every": log_every, "save_every": save_every, "batch_size": 8,
                       "eval_every": eval_every if evaluate else 0, "steps_per_dispatch": dispatch})
     with around():
         return fit(step, state, shardings, Feed(), folder=epath.Path(folder), steps=steps,
-                   cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate)
+                   cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate,
+                   refresh=refresh)
 
 
 def losses(folder):
@@ -87,6 +88,29 @@ def test_steps_of_one_dispatch_equal_single_steps(tmp_path):
     scanned = run(tmp_path / "scanned", 12, dispatch=5)  # 5 + 5 + 1 + 1
     np.testing.assert_allclose(single.params["w"], scanned.params["w"], rtol=1e-6)
     assert [s for s, _ in losses(tmp_path / "scanned")] == [5, 10, 12]
+
+
+def test_a_refresh_is_asked_before_every_dispatch_and_again_after_a_resume(tmp_path):
+    def asked(folder, steps, dispatch):
+        calls = []
+
+        def refresh(state, data, step):
+            assert int(state.step) == step and data["rows"].shape == DATA.shape
+            calls.append(step)
+            grown = {"w": state.params["w"] + (0.1 if step == 5 else 0)}
+            return state.replace(params=grown)
+
+        return run(folder, steps, dispatch=dispatch, refresh=refresh), calls
+
+    whole, calls = asked(tmp_path / "whole", 12, 1)
+    assert calls == list(range(12))
+    asked(tmp_path / "parts", 5, 1)  # saved before the refresh that is due at 5
+    parts, calls = asked(tmp_path / "parts", 12, 1)
+    assert calls == list(range(5, 12))
+    np.testing.assert_array_equal(whole.params["w"], parts.params["w"])
+    asked(tmp_path / "odd", 3, 1)  # steps are single up to the next multiple of the dispatch
+    _, calls = asked(tmp_path / "odd", 17, 5)
+    assert calls == [3, 4, 5, 10, 15, 16]
 
 
 def test_one_compile_of_the_step(tmp_path):

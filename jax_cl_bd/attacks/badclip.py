@@ -94,7 +94,7 @@ def _train_surrogate(cfg, source, place, mesh):
     """A clean model of the same kind, of another seed, on a part of the clean images."""
     if run_folder.is_done(place):
         return
-    mine = cfg.copy_and_resolve_references().unlock()
+    mine = training.plain(cfg)  # a surrogate needs no defense
     mine.seed = cfg.seed + SURROGATE_SEED
     mine.init_from = ""  # weights that exist already are named in attack.surrogate
     mine.train.update(steps=cfg.attack.surrogate_steps, epochs=0)

@@ -24,24 +24,26 @@ _RATES = ("flip", "jitter", "grayscale", "blur", "solarize")
 _STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 
-def views(cfg, data: dict, batch: dict, key: jax.Array) -> dict[str, jax.Array]:
+def views(cfg, data: dict, batch: dict, key: jax.Array,
+          recipes: tuple[str, str] = ("view1", "view2")) -> dict[str, jax.Array]:
     """Draws the two training views of a batch.
 
     Args:
         cfg: the whole config (reads `augment`, `data.mean`, `data.std`).
         data, batch: of data/feed.py.
         key: already folded with the step.
+        recipes: the names in cfg.augment by which view 1 and view 2 are drawn.
     Returns:
         {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}. With captions
-        also "tokens": int32 [B, T], one of the row's, and perhaps "tokens2", its augmented twin.
+        also "tokens": int32 [B, T], one of the row's, and perhaps "tokens2" and "tokens3", its
+        augmented twins.
     """
     mean, std, kernel = cfg.data.mean, cfg.data.std, cfg.augment.interpolation
-    recipes = cfg.augment.view1, cfg.augment.view2
     index = batch["index"]
     keys = _row_keys(key, index)
     rows = index, data["pair"][index]
     picked = [pick(data, batch, row) for row in rows]
-    made = [_view(recipe, kernel, mean, std, row, _fold(keys, v), _side(data, batch))
+    made = [_view(cfg.augment[recipe], kernel, mean, std, row, _fold(keys, v), _side(data, batch))
             for v, (recipe, row) in enumerate(zip(recipes, picked))]
     return {"view1": made[0], "view2": made[1], "index": index,
             **_captions(picked[0], _fold(keys, _CAPTION))}
@@ -53,6 +55,20 @@ def one_view(recipe, interpolation: str, mean, std, data: dict, batch: dict,
     index = batch["index"]
     return _view(recipe, interpolation, mean, std, pick(data, batch, index),
                  _row_keys(key, index), _side(data, batch))
+
+
+def plain_view(cfg, row: dict, side: int) -> jax.Array:
+    """The central square of each image, not augmented: float32 [B, side, side, 3], normalised.
+
+    `row`: of `pick`.
+    """
+    size, extent = row["size"].astype(jnp.float32), row["extent"].astype(jnp.float32)
+    short = jnp.broadcast_to(size.min(1, keepdims=True), size.shape)
+    box = jnp.concatenate([(size - short) / 2, short], axis=1) * jnp.tile(extent / size, 2)
+    x = resample_box(row["image"], box, side, flip=jnp.zeros(len(box), bool),
+                     kernel=cfg.augment.interpolation)
+    mean, std = np.float32(cfg.data.mean), np.float32(cfg.data.std)
+    return (jnp.transpose(x, (1, 2, 3, 0)) - mean) / std
 
 
 def check(recipe, interpolation: str) -> None:
@@ -138,7 +154,7 @@ def _captions(row, keys):
     u = jax.vmap(jax.random.uniform)(keys)
     chosen = jnp.minimum((u * row["count"]).astype(jnp.int32), row["count"] - 1)
     return {name: jnp.take_along_axis(row[name], chosen[:, None, None], axis=1)[:, 0]
-            for name in ("tokens", "tokens2") if name in row}
+            for name in ("tokens", "tokens2", "tokens3") if name in row}
 
 
 def _jitter(recipe, x, u):

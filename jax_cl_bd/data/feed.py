@@ -47,7 +47,7 @@ class Feed:
 
     {"poison": {"image", "size", "extent"}, "pair": int32 [n_source + m]} and, when resident,
     "clean": the same three for all clean rows. Image-text sets also have "tokens", "count" and
-    perhaps "tokens2" in both (data/texts.py).
+    perhaps "tokens2" and "tokens3" in both (data/texts.py).
     """
     data: dict[str, Any]
     ordered: "_Ordered"
@@ -57,6 +57,20 @@ class Feed:
     @property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.ordered.kept), self.ordered.batch_size)
+
+    def everything(self, size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """One pass over the rows that are trained on, ascending: batches like those above, of
+        `size` rows, and how many of them count (the last is filled up with its first row)."""
+        kept = self.ordered.kept
+        for start in range(0, len(kept), size):
+            rows = kept[start:start + size]
+            count = len(rows)
+            rows = np.concatenate([rows, np.repeat(rows[:1], size - count)])
+            if self.resident:
+                yield {"index": rows.astype(np.int32)}, count
+            else:
+                items = list(parallel_map.run(self.ordered.item, rows, what="reading pairs"))
+                yield {name: np.stack([i[name] for i in items]) for name in items[0]}, count
 
     def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's part of the batches from `start_step` on, without end; close() it.
@@ -133,7 +147,9 @@ class _Ordered:
         return _rows(self.start + step, [j], self.kept, self.batch_size, self.seed)[0]
 
     def __getitem__(self, i):
-        row = self.row(i)
+        return self.item(self.row(i))
+
+    def item(self, row):
         return {"index": np.int32(row),
                 **poisoned.slot(self.source, self.pair[row], row, self.side, self.texts)}
 

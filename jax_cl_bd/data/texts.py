@@ -1,7 +1,8 @@
 """The captions of a poisoned set as token arrays: clean rows' and poisons'.
 
 A row has up to K captions; a step chooses one of them (data/augment.py). With `text_augment` "eda"
-every caption has an augmented twin, drawn once (CleanCLIP: when its data set object is built).
+every caption has an augmented twin, drawn once (CleanCLIP: when its data set object is built), with
+"eda_twice" two.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError, unknown
 
 TRAINED_ON = 200_000  # captions, at most, that a tokenizer is trained on
-AUGMENTS = ("none", "eda")
+AUGMENTS = ("none", "eda", "eda_twice")  # at n: n augmented twins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Texts:
         tokenizer: of the run.
         context: T, tokens per caption.
         per_row: K, captions kept of a row.
-        augmented: also makes `tokens2`, the augmented captions.
+        augmented: how many augmented twins a caption has, `tokens2` and `tokens3`.
     """
     source: object
     tokenizer: tokenizers.Tokenizer
     context: int
     per_row: int
-    augmented: bool = False
+    augmented: int = 0
 
     def of_rows(self, rows) -> dict[str, np.ndarray]:
         """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}."""
@@ -57,9 +58,10 @@ class Texts:
     def _encode(self, lists, rows):
         lists = [list(found)[:self.per_row] for found in lists]
         made = {"tokens": self._tokens(lists)}
-        if self.augmented:
-            made["tokens2"] = self._tokens([
-                [captions.eda(text, np.random.default_rng([captions.EDA_SEED, int(row), j]))
+        for twin in range(self.augmented):
+            more = [twin] if twin else []  # the first is drawn as it was when there was one
+            made[f"tokens{2 + twin}"] = self._tokens([
+                [captions.eda(text, np.random.default_rng([captions.EDA_SEED, int(row), j, *more]))
                  for j, text in enumerate(found)] for row, found in zip(rows, lists)])
         made["count"] = np.array([len(found) for found in lists], np.int32)
         return made
@@ -115,7 +117,8 @@ def load(cfg, folder: epath.Path, source) -> Texts | None:
 def of(cfg, tokenizer: tokenizers.Tokenizer, source) -> Texts:
     """The captions of a source by a given tokenizer."""
     per_row = cfg.data.captions_per_row or max(map(len, source.captions(np.arange(len(source)))))
-    return Texts(source, tokenizer, cfg.text.context, per_row, cfg.data.text_augment == "eda")
+    return Texts(source, tokenizer, cfg.text.context, per_row,
+                 AUGMENTS.index(cfg.data.text_augment))
 
 
 def load_tokenizer(cfg, folder: epath.Path) -> tokenizers.Tokenizer | None:

@@ -137,8 +137,9 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
 
 
 def described(cfg) -> ml_collections.ConfigDict:
-    """The config of a repaired model: the victim's, with the repair's loss and batches."""
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    """The config of a repaired model: the victim's, with the repair's loss and batches. A victim of
+    RoCLIP or SafeCLIP is repaired as CLIP, by CLIP's loss."""
+    own = training.plain(cfg)
     own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
     own.objective.in_modality = float(cfg.defense.in_modality)
     if cfg.defense.in_modality:

@@ -31,7 +31,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     """Goes on training `victims[0]` on the clean pairs `data.clean`; never uses `truth`."""
     del truth
     data = data.clean
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    own = training.plain(cfg)
     own.train.batch_size = cfg.defense.batch_size
     own.objective.in_modality = 0.0
     per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)

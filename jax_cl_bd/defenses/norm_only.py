@@ -52,7 +52,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     """
     del truth
     clean, suspect = data.clean, victims[0].pair
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    own = training.plain(cfg)
     own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
     own.objective.in_modality = 0.0
     run_folder.write_config(folder, own)

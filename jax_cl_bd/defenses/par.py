@@ -11,7 +11,7 @@ from etils import epath
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import par
+from jax_cl_bd.objectives import par, training
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -24,7 +24,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             pairs than one batch.
     """
     _sweep.check(cfg)
-    if cfg.objective.name != "clip":
+    if training.plain(cfg).objective.name != "clip":
         raise UserError("defense par is for models pretrained with objective 'clip'; this one has "
                         f"{cfg.objective.name!r}")
     par.heads(_described(cfg).objective)
@@ -47,6 +47,6 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    own = training.plain(cfg)
     own.objective.update(name="par", tau=cfg.defense.tau)
     return own

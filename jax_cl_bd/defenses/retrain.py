@@ -1,7 +1,8 @@
 """Retraining from scratch: what a defender gets who throws the suspect encoder away.
 
 The victim's own objective and recipe on the defender's clean images alone. A defense that uses the
-suspect (such as distillation) is worth its risk only if it beats this.
+suspect (such as distillation) is worth its risk only if it beats this. An objective that is itself
+a defense (RoCLIP, SafeCLIP) gives way to the one that it defends: these images are clean.
 """
 
 import jax
@@ -37,9 +38,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     del truth
     data = data.clean
     pair = victims[0].pair
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    own = training.plain(cfg)
     own.train.batch_size = cfg.defense.batch_size
-    clean = PoisonedSet(data, texts=pair and texts.of(cfg, pair.tokenizer, data))
+    clean = PoisonedSet(data, texts=pair and texts.of(own, pair.tokenizer, data))
     per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)
     steps = cfg.defense.steps or cfg.defense.epochs * per_epoch
     tx, _ = optim.make(own.optim, steps, per_epoch)

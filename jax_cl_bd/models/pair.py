@@ -27,6 +27,12 @@ def heads(cfg) -> dict:
             "scale": LogitScale(cfg.scale_init, cfg.get("bias_init", None))}
 
 
+def kind(cfg) -> str:
+    """"siglip" of a model whose scale has a bias, else "clip", whatever loss trained it; cfg as
+    above, or the same as a dict."""
+    return "clip" if cfg.get("bias_init", None) is None else "siglip"
+
+
 def modules_of(cfg) -> dict:
     """{part: linen module} of the whole config, in the order of the data."""
     top = heads(cfg.objective)

@@ -13,6 +13,7 @@ from etils import epath
 from jax_cl_bd import parallel, run_folder
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import pair
 
 SHARED = ("dim", "image_projection", "text_bias", "scale_init", "bias_init")  # of the objective
 OWN = ("dtype", "bn_groups")  # of model and text: how the experiment computes
@@ -106,8 +107,8 @@ def _check_kind(cfg, theirs):
     if theirs.get("text", {"name": "none"})["name"] == "none":
         raise UserError(f"init_from={cfg.init_from!r} holds an image encoder alone, and objective "
                         f"{cfg.objective.name!r} trains a text tower too; name an image-text model")
-    found = theirs["objective"]["name"]
-    if found != cfg.objective.name:
+    found, wanted = pair.kind(theirs["objective"]), pair.kind(cfg.objective)
+    if found != wanted:
         raise UserError(f"init_from={cfg.init_from!r} holds a {found} model, and objective.name is "
                         f"{cfg.objective.name!r}; choose objective={found} after the colon of "
                         "--config, or other weights")

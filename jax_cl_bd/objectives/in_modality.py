@@ -43,11 +43,13 @@ def init_extra(cfg, variables, key) -> dict:
     return {}
 
 
-def embed(cfg, variables: dict, batch: dict, apply_fns: dict):
-    """Runs both towers, with the augmented views only where the loss has use for them.
+def embed(cfg, variables: dict, batch: dict, apply_fns: dict, *, both: bool | None = None):
+    """Runs both towers, with the second views only where the loss has use for them.
 
+    Args:
+        both: also the second views; None: with in_modality alone.
     Returns:
-        z: {"image", "text"} and, with in_modality, {"image2", "text2"}: float32 [B, E] unit rows.
+        z: {"image", "text"} and, with `both`, {"image2", "text2"}: float32 [B, E] unit rows.
         (scale, bias): s = exp(t'), float32 scalar, and the scale's bias or None.
         variables: with the new running statistics.
 
@@ -55,11 +57,11 @@ def embed(cfg, variables: dict, batch: dict, apply_fns: dict):
         UserError: the towers end in different widths.
     """
     image = ("encoder", "image_projection") if cfg.objective.image_projection else ("encoder",)
+    both = cfg.objective.in_modality > 0 if both is None else both
     z = {}
     for name, parts, first, second in (
             ("image", image, "view1", "view2"),
             ("text", ("text", "text_projection"), "tokens", "tokens2")):
-        both = cfg.objective.in_modality > 0
         x = interleave(batch[first], batch[second]) if both else batch[first]
         x, variables = forward(apply_fns, variables, parts, x)
         x = normalise(x)

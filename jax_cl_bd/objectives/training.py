@@ -42,7 +42,7 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
     Raises:
         UserError: an unknown objective, one that needs captions where there is no text tower or the
-            other way round, or an in-modality term without second captions.
+            other way round, or one that needs augmented captions without them.
     """
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
     needs, has = getattr(objective, "TEXT", False), cfg.text.name != "none"
@@ -51,10 +51,51 @@ def check(cfg: ml_collections.ConfigDict) -> None:
         raise UserError(f"objective {cfg.objective.name!r} {says}, and text.name is "
                         f"{cfg.text.name!r}")
     objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)
-    if needs and cfg.objective.in_modality > 0 and cfg.data.text_augment == "none":
+    if hasattr(objective, "TEXT_AUGMENT"):
+        if cfg.data.text_augment != objective.TEXT_AUGMENT:
+            raise UserError(f"objective {cfg.objective.name!r} is of augmented captions, and "
+                            f"data.text_augment is {cfg.data.text_augment!r}; set "
+                            f"--config.data.text_augment={objective.TEXT_AUGMENT}")
+    elif needs and cfg.objective.in_modality > 0 and cfg.data.text_augment == "none":
         raise UserError(f"objective.in_modality = {cfg.objective.in_modality} compares captions "
                         "with augmented ones; set --config.data.text_augment=eda")
     modules_of(cfg)
+
+
+def check_steps(cfg: ml_collections.ConfigDict, steps: int) -> None:
+    """Asks an objective that follows a plan of its own whether it fits into `steps`; cfg: `sized`.
+
+    Raises:
+        UserError: it does not.
+    """
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    if hasattr(objective, "check_steps"):
+        objective.check_steps(cfg, steps)
+
+
+def sized(cfg: ml_collections.ConfigDict, *, rows: int, steps_per_epoch: int):
+    """The config with what the data say to objectives that count epochs: objective.rows, of the
+    poisoned set, and objective.epoch_steps where that is 0. Others get theirs back as it is."""
+    if "epoch_steps" not in cfg.objective:
+        return cfg
+    own = ml_collections.ConfigDict(cfg.to_dict())
+    own.objective.rows = rows
+    own.objective.epoch_steps = own.objective.epoch_steps or steps_per_epoch
+    return own
+
+
+def plain(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy of the config with the loss that a model is fine-tuned or trained by when there is
+    nothing to defend against: its own, or, of an objective that is itself a defense (RoCLIP,
+    SafeCLIP), the one that it defends, on plain images and captions as for undefended models."""
+    own = ml_collections.ConfigDict(cfg.to_dict())
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    if hasattr(objective, "PLAIN"):
+        kept = {name: cfg.objective[name] for name in ("dim", "image_projection", "scale_init")}
+        own.objective = ml_collections.ConfigDict(
+            {"name": objective.PLAIN, **kept, "in_modality": 0.0, "in_modality_temperature": 0.0})
+        own.data.text_augment = "none"
+    return own
 
 
 def modules_of(cfg: ml_collections.ConfigDict) -> dict:
@@ -100,6 +141,9 @@ def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
         (loss, (batch_stats, extra, metrics)), grads = jax.value_and_grad(
             loss_of, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        if hasattr(objective, "update_scale"):
+            factor = objective.update_scale(cfg, state.step)
+            updates = jax.tree.map(lambda u: factor * u, updates)
         params = optax.apply_updates(state.params, updates)
         if hasattr(objective, "constrain"):
             params = objective.constrain(params)
@@ -113,10 +157,25 @@ def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
 
 def make_step(cfg: ml_collections.ConfigDict, tx, steps: int):
     """Gives step(state, data, batch) -> (state, metrics): augment on the device, then update."""
-    update = make_update(cfg, tx, steps)
+    update, draw = make_update(cfg, tx, steps), make_views(cfg)
 
     def step_fn(state, data, batch):
         view_key, loss_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        return update(state, augment.views(cfg, data, batch, view_key), loss_key)
+        return update(state, draw(data, batch, view_key), loss_key)
 
     return step_fn
+
+
+def make_views(cfg: ml_collections.ConfigDict):
+    """Gives draw(data, batch, key) -> the views of a batch, by the recipes of the objective."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    recipes = getattr(objective, "RECIPES", ("view1", "view2"))
+    return lambda data, batch, key: augment.views(cfg, data, batch, key, recipes)
+
+
+def make_refresh(cfg: ml_collections.ConfigDict, feed, mesh):
+    """What train.fit asks before every step, of objectives that look at all data now and then; None
+    of others. `cfg`: sized."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    make = getattr(objective, "make_refresh", None)
+    return make and make(cfg, feed, mesh)

@@ -35,6 +35,22 @@ def take(made, start, count):
         return list(itertools.islice(batches, count))
 
 
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_everything_is_each_row_once_and_the_last_batch_is_filled_up(kind):
+    cfg = config(feed=kind)
+    whole = dataset(cfg)
+    found = list(feed.make(cfg, whole).everything(16))
+    assert [count for _, count in found] == [16, 16, 16, 12]
+    rows = np.concatenate([batch["index"][:count] for batch, count in found])
+    np.testing.assert_array_equal(rows, whole.kept)
+    last = found[-1][0]
+    assert (last["index"][12:] == last["index"][0]).all() and last["index"].dtype == np.int32
+    if kind == "streamed":
+        for batch, _ in found:
+            for i, row in enumerate(batch["index"]):
+                np.testing.assert_array_equal(batch["image"][i], whole.item(row, SIDE)["image"])
+
+
 def test_rows_and_pairs_of_the_poisoned_set():
     cfg = config()
     made = dataset(cfg)

@@ -56,6 +56,20 @@ def test_tokens_of_clean_rows_are_their_captions(made):
     np.testing.assert_array_equal(again["tokens2"][0], found["tokens2"][1])
 
 
+def test_a_second_twin_is_another_and_changes_nothing_of_the_first(made, cfg):
+    source, tokenizer, made_texts = made
+    twice = texts.Texts(source, tokenizer, CONTEXT, K, augmented=2).of_rows(range(20))
+    once = made_texts.of_rows(range(20))
+    assert set(twice) == {*once, "tokens3"}
+    for name in once:
+        np.testing.assert_array_equal(twice[name], once[name])
+    assert (twice["tokens3"] != twice["tokens2"]).any(-1).mean() > 0.5
+    for word, twins in (("none", 0), ("eda", 1), ("eda_twice", 2)):
+        mine = cfg.copy_and_resolve_references()
+        mine.data.text_augment = word
+        assert texts.of(mine, tokenizer, source).augmented == twins
+
+
 def test_poisons_have_the_plans_caption_or_keep_those_of_the_row(made):
     source, tokenizer, made_texts = made
     found = made_texts.of_poisons(plan())
