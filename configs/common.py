@@ -227,7 +227,7 @@ def evals(**changes):
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
                 placements=("random", "center"), wrong_trigger=10, batch_size=512,
                 knn_k=200, knn_temperature=0.1, downstream_test_split="",
-                downstream_class_names="") | changes
+                downstream_class_names="", other_test_split="") | changes
 
 
 def config(**groups):

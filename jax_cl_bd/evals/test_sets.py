@@ -55,6 +55,7 @@ class EvalData:
     test_rows: np.ndarray | None = None  # int64 [N]: rows of the test split
     captions: list[list[str]] | None = None  # of the test images, where the data has them
     own: "EvalData | None" = None  # the run's own pairs, where the others are of cfg.downstream
+    other: "EvalData | None" = None  # another split of the same data (evals.other_test_split)
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
     _encoder: object = dataclasses.field(default=None, repr=False)
     _features: dict = dataclasses.field(default_factory=dict, repr=False)
