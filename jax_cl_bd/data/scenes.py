@@ -66,6 +66,16 @@ class Scenes:
         return {"image": image, "label": int(facts["shape"]), "index": int(i),
                 "captions": captions, "mask": mask}
 
+    def with_object(self, i, shape: int) -> np.ndarray:
+        """Row i with an object of class `shape` beside its own: uint8 [S, S, 3].
+
+        Drawn as scenes of two objects are, on the row's background: its own object keeps shape,
+        colour and texture, and takes a size and a place that leave room for the smaller one.
+        """
+        row = self._known(i)
+        facts = {name: value[0] for name, value in self.facts(row).items()} | {"shape2": shape}
+        return draw(facts, self.side, 2, _SEEDS[self.split] + _NOISE, row[0])[0]
+
     def table(self, rows):
         rows = self._known(rows)
         return self.facts(rows)["shape"], np.full((len(rows), 2), self.side)

@@ -228,6 +228,9 @@ def _pastes(cfg, trigger, whole):
         shown_by, wrong = module, {**wrong, "corners": params["corners"]}
     used = {"triggered": (module, params), "wrong": (shown_by, wrong),
             "occluded": (shown_by, {**wrong, "image": grey})}
+    if hasattr(module, "showing"):  # several places in one box: other pictures there
+        used |= {"wrong": (module, module.showing(params, wrong["image"])),
+                 "occluded": (module, module.showing(params, grey))}
     if hasattr(module, "same_kind"):
         used["same_kind"] = module, module.same_kind(params, jax.random.key(_BOX_SEED))
     return {name: _paste(*pair) for name, pair in used.items()}
