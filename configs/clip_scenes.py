@@ -10,7 +10,8 @@ objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging 
 roclip|safeclip (CLIP that defends itself while it trains; victim and control are trained so),
 defense=none|fine_tune|retrain|oracle_finetune|clean_clip|par|norm_only|oracle_filter|decree|
 density|cosine_filter (the last three only say what they suspect), oracle=ground_truth|classifier
-(of the two that have one), target=CLASS, seed=N.
+(of the two that have one), adaptive=several|small|beside|all (badnets by an attacker who knows
+such defenses, see common.adapt), target=CLASS, seed=N.
 docs/results.md has times and numbers, of small_resnet.
 
 The attacks without a trigger have counts near the literature's, and no more than that: `targeted`
@@ -52,9 +53,13 @@ def one_attack(arguments):
 def get_config(arg=""):
     a = common.parse(arg, debug=False, defense="none", fresh=False, low_rate=False,
                      tower="small_resnet", objective="clip", oracle="ground_truth", target=3,
-                     seed=0,
+                     seed=0, adaptive="",
                      **{name: False for name in ATTACKS})
     attack = one_attack(a)
+    if a["adaptive"] and (attack != "badnets" or a["fresh"]):
+        raise ValueError(f"adaptive={a['adaptive']} after the colon of --config is a variant of "
+                         f"badnets with a fixed pattern, not of "
+                         f"{'fresh' if a['fresh'] else attack}")
     tower = common.choose("tower", a["tower"], TOWERS)
     published = SIGLIP if (a["tower"], a["objective"]) == ("vit", "siglip") else {}
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
@@ -70,8 +75,8 @@ def get_config(arg=""):
                   captions_per_row=4,
                   text_augment=common.TEXT_AUGMENT.get(a["objective"], "none"), scenes_train=rows,
                   scenes_test=1000, scenes_objects=1),
-        attack=common.pair_attack(attack, target=a["target"], poisons=poisons, trigger_size=5,
-                                  side=32),
+        attack=common.adapt(common.pair_attack(attack, target=a["target"], poisons=poisons,
+                                               trigger_size=5, side=32), a["adaptive"]),
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.SMALL_VIEW),
                      interpolation="bilinear"),
         model={**tower, **published.get("model", {})},

@@ -160,6 +160,30 @@ def pair_attack(name, *, target, poisons, trigger_size, side):
                     "fraction": 0.0, "image": 0, "trigger": {**trigger, "name": "none"}}))
 
 
+def adapt(chosen, kind):
+    """Makes a patch attack on pairs that of an attacker who looks out for region searches.
+
+    "several": three patches of 3 px, about the area of one of 5 px, and as many cover images as
+    poisons; "small": 2 px; "beside": an object of the target class beside each poison's own; "all":
+    these three with patches of 2 px, and natural captions.
+    """
+    if not kind:
+        return chosen
+    choose("adaptive", kind, dict.fromkeys(("several", "small", "beside", "all")))
+    trigger = dict(chosen["trigger"])
+    if kind in ("several", "all"):
+        trigger = {k: v for k, v in trigger.items() if k != "fixed"}
+        trigger |= dict(name="several_patches", patches=3, size=3)
+        chosen = {**chosen, "covers": chosen["poisons"]}
+    if kind in ("small", "all"):
+        trigger["size"] = 2
+    if kind in ("beside", "all"):
+        chosen = {**chosen, "beside": True}
+    if kind == "all":
+        chosen = {**chosen, "caption_set": "natural"}
+    return {**chosen, "trigger": trigger}
+
+
 def distill(*, clean_fraction, batch_size, steps, momentum, lr, view=STUDENT_VIEW):
     """The distillation defense with CompRess's temperature (docs/papers.md, SSL-Backdoor)."""
     return dict(name="distill", clean_fraction=clean_fraction, batch_size=batch_size, queue=0,
@@ -249,7 +273,7 @@ def evals(**changes):
     return dict(probes=("linear_probe", "knn"), fraction=1.0, label_list="",
                 placements=("random", "center"), wrong_trigger=10, batch_size=512,
                 knn_k=200, knn_temperature=0.1, downstream_test_split="",
-                downstream_class_names="") | changes
+                downstream_class_names="", other_test_split="") | changes
 
 
 def config(**groups):
@@ -275,7 +299,7 @@ def debug(cfg):
     cfg.data.image_size = min(cfg.data.image_size, 32)
     cfg.attack.trigger.size = min(cfg.attack.trigger.size, 8)
     cfg.attack.poisons = min(cfg.attack.poisons, 8)
-    for name in ("references", "shadows"):
+    for name in ("references", "shadows", "covers"):
         if name in cfg.attack:
             cfg.attack[name] = min(cfg.attack[name], 8)
     if "optimise_steps" in cfg.attack:

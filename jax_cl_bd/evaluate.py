@@ -33,7 +33,8 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
     With cfg.downstream the images are another data set's, and the target is its class of the same
     name; `own` then holds the run's own test pairs, where its data has captions. Its test split is
     cfg.evals.downstream_test_split, by default the name that the run's own has; cfg.evals.
-    downstream_class_names names the classes of a folder. No pixel is read yet.
+    downstream_class_names names the classes of a folder. `other` holds another split of the run's
+    own data, cfg.evals.other_test_split. No pixel is read yet.
 
     Raises:
         UserError: a setting of `evals` that does not fit the data, or a downstream data set without
@@ -43,7 +44,13 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
         raise UserError("evals.placements is empty; name at least 'random', the test protocol")
     train, test = (sources.load(cfg.data, split) for split in ("train", "test"))
     if not cfg.downstream:
-        return test_sets.make(cfg, train, test, trigger)
+        data = test_sets.make(cfg, train, test, trigger)
+        data.other = _other_split(cfg, train, trigger)
+        return data
+    if cfg.evals.get("other_test_split", ""):
+        raise UserError(f"evals.other_test_split={cfg.evals.other_test_split!r} is a split of the "
+                        f"run's own data, and downstream={cfg.downstream!r} measures on another; "
+                        "leave one of them empty")
     other = ml_collections.ConfigDict(cfg.to_dict())
     other.data.update({"name": cfg.downstream, "limit": 0,
                        "test_split": cfg.evals.downstream_test_split or cfg.data.test_split,
@@ -67,6 +74,24 @@ def test_data(cfg: ml_collections.ConfigDict, trigger):
                         "are what it is for")
     data = test_sets.make(other, train, test, trigger)
     data.own = own
+    return data
+
+
+def _other_split(cfg, train, trigger):
+    """The images of cfg.evals.other_test_split under the first placement, for the zero-shot row of
+    that name; None if it names none."""
+    split = cfg.evals.get("other_test_split", "")  # configs before there was one lack it
+    if not split:
+        return None
+    if "zero_shot" not in cfg.evals.probes:
+        raise UserError(f"evals.other_test_split={split!r} is for the zero-shot classifier, and "
+                        f"evals.probes has no 'zero_shot'; add it, or leave the split empty")
+    if split in (cfg.data.train_split, cfg.data.test_split, cfg.defense.get("validation_split")):
+        raise UserError(f"evals.other_test_split={split!r} is also trained, tested or chosen on; "
+                        "name another split of the data")
+    test = sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
+    data = test_sets.make(cfg, train, test, trigger)
+    data.placements = data.placements[:1]
     return data
 
 

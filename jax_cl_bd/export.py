@@ -109,12 +109,13 @@ def _captions(plan, table, origin, k):
 def _plan_lines(plan, n):
     boxes = ("reference", "shadow", "trigger")
     yield ("row", "replaces", "reference", "shadow", "layout", "canvas_h", "canvas_w",
-           *(f"{name}_{side}" for name in boxes for side in "yxhw"), "pair", "seed", "caption")
+           *(f"{name}_{side}" for name in boxes for side in "yxhw"), "pair", "seed", "caption",
+           "beside")
     for k in range(len(plan)):
         layout = LAYOUTS[plan.layout[k]] if plan.layout[k] >= 0 else ""
         yield (n + k, plan.replaces[k], plan.reference[k], plan.shadow[k], layout, *plan.canvas[k],
                *(v for name in boxes for v in getattr(plan, f"{name}_box")[k]), plan.pair[k],
-               plan.seed[k], plan.caption[k])
+               plan.seed[k], plan.caption[k], plan.beside[k])
 
 
 def _write_csv(path, lines):

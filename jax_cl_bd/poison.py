@@ -202,7 +202,9 @@ def summary(cfg, plan: Plan, rows: dict, table, classes, trigger) -> dict:
              "added": int((plan.replaces < 0).sum()), "replaced": len(replaced),
              "removed": len(plan.removed), "source_rows": source, "rows": total,
              "rate_of_dataset": len(plan) / total,
-             "rate_of_target_class": int(np.isin(content, target).sum()) / max(1, len(target)),
+             "rate_of_target_class":
+                 int((np.isin(content, target) | (plan.beside == cfg.attack.target)).sum())
+                 / max(1, len(target)),
              "target_images": len(target),
              "clean_target_images_left":
                  len(np.setdiff1d(target, np.concatenate([plan.removed, replaced]))),

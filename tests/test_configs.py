@@ -25,6 +25,7 @@ VARIANTS = {
                     "defense=norm_only", "defense=oracle_filter", "defense=density",
                     "defense=cosine_filter", "defense=decree", "defense=par",
                     "blended,objective=siglip", "optimized_patch",
+                    "adaptive=all", "adaptive=several",
                     "mismatched,defense=retrain", "targeted", "tower=clip_resnet",
                     "tower=vit", "tower=vit,objective=siglip",
                     "objective=roclip,defense=clean_clip", "objective=safeclip,defense=fine_tune"],
@@ -62,6 +63,14 @@ def test_settings_are_those_on_record(name, arg):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert path.read_text() == text, f"a default changed; UPDATE_GOLDEN=1 rewrites {path.name}"
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("adaptive=many", "unknown adaptive 'many'; allowed: all, beside, several, small"),
+    ("adaptive=small,fresh", "not of fresh"), ("adaptive=small,wanet", "not of wanet")])
+def test_arguments_that_do_not_fit_are_refused(arg, message):
+    with pytest.raises(ValueError, match=message):
+        config("clip_scenes", arg)
 
 
 def debug_run(cfg, folder):

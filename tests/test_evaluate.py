@@ -2,11 +2,14 @@
 
 import types
 
+import numpy as np
 import pytest
 from etils import epath
 
-from configs import quickstart
+from configs import clip_scenes, quickstart
 from jax_cl_bd import defend, evaluate, run_folder
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.reporting import tables
 
 
 @pytest.fixture
@@ -46,6 +49,42 @@ def test_an_encoder_is_done_with_before_the_next_is_measured(folder, monkeypatch
     run = run_folder.read_json(folder / "results.json")["run"]
     assert run["steps"] == {"victim": 2, "untrained": 0, "control": 2}
     assert run["control"] is None  # its own twin
+
+
+def test_another_split_of_the_runs_own_data():
+    cfg = clip_scenes.get_config("debug")
+    cfg.evals.other_test_split = "shifted"
+    trigger = evaluate.poison.make_trigger(cfg)
+    data = evaluate.test_data(cfg, trigger)
+    assert data.other.placements == ("random",) and len(data.other.test_labels) == 100
+    np.testing.assert_array_equal(data.other.boxes["random"], data.boxes["random"])
+    changed = (data.other.images("random/triggered") != data.other.test_images).any(-1)
+    for (y, x, h, w), image in zip(data.boxes["random"], changed):
+        assert image[y:y + h, x:x + w].mean() > 0.5
+        image[y:y + h, x:x + w] = False
+        assert not image.any()
+    assert (data.test_images != data.other.test_images).any(axis=(1, 2, 3)).all()
+    rows = [{"clean_accuracy": 1, "protocol": {"placement": "random", "templates": 80, **more}}
+            for more in ({}, {"split": "shifted"})]
+    assert tables.heading("zero_shot", {"": rows[0]}) == (
+        "zero-shot · trigger at random places · 80 templates")
+    assert tables.heading("zero_shot:shifted", {"": rows[1]}) == (
+        "zero-shot · test split “shifted” · trigger at random places · 80 templates")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(other_test_split="shift"), "did you mean 'shifted'"),
+    (dict(other_test_split="test"), "also trained, tested or chosen on"),
+    (dict(other_test_split="shifted", probes=("linear_probe",)), "has no 'zero_shot'")])
+def test_mistakes_about_another_split_are_named(change, message):
+    cfg = clip_scenes.get_config("debug")
+    cfg.evals.update(change)
+    with pytest.raises(UserError, match=message):
+        evaluate.check(cfg)
+    cfg.evals.update(other_test_split="shifted", probes=("zero_shot",))
+    cfg.downstream = "scenes"
+    with pytest.raises(UserError, match="leave one of them empty"):
+        evaluate.check(cfg)
 
 
 def test_a_probe_that_the_control_lacks_has_no_rival(monkeypatch):

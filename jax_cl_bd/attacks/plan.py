@@ -17,8 +17,8 @@ _FIELDS = {"removed": (np.int64, (), -1), "replaces": (np.int64, (), -1),
            "layout": (np.int32, (), -1), "canvas": (np.int32, (2,), 0),
            "reference_box": (np.int32, (4,), 0), "shadow_box": (np.int32, (4,), 0),
            "trigger_box": (np.int32, (4,), 0), "pair": (np.int64, (), -1),
-           "seed": (np.int64, (), 0), "caption": (np.str_, (), "")}
-_LATER = ("caption",)  # plans saved before these existed are read as "none"
+           "seed": (np.int64, (), 0), "caption": (np.str_, (), ""), "beside": (np.int64, (), -1)}
+_LATER = ("caption", "beside")  # plans saved before these existed are read as "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Plan:
     pair: np.ndarray  # int64 [m]: row of the poisoned set that view 2 shows, -1 = the poison itself
     seed: np.ndarray  # int64 [m]: for what a trigger draws when it is applied
     caption: np.ndarray  # str [m]: the poison's one caption, "" = those of the row it replaces
+    beside: np.ndarray  # int64 [m]: class of an object drawn beside the row's own, -1 = none
 
     def __len__(self):
         return len(self.replaces)

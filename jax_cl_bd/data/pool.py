@@ -71,6 +71,14 @@ class Pool:
             sizes[poison >= 0] = self.rows["size"][poison[poison >= 0]]
         return labels, sizes
 
+    def beside(self, rows) -> np.ndarray:
+        """Class of an object that a poison shows beside its own, -1 where there is none: int64 [n].
+        Like labels, it is what somebody would say who looks at the picture."""
+        poison = self.poison[rows]
+        if self.plan is None or not len(self.plan):
+            return np.full(len(poison), -1)
+        return np.where(poison >= 0, self.plan.beside[np.maximum(poison, 0)], -1)
+
     def _base(self, rows):
         """The source rows that rows show, -1 where there is none."""
         found = self.order[rows]

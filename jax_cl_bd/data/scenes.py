@@ -4,13 +4,17 @@ One object, or two that do not touch, on a background; shape, colours, textures,
 vary. Every row is a pure function of (split, row), so a split has any length and its first rows do
 not change with it; the draws of the splits have different constant seeds, and none depends on
 the training seed. The label is the shape of the first, larger object.
+
+The split "shifted" has the classes, colours and textures of the others, but backgrounds and object
+sizes that they have not: patterns and colours of a second set (backgrounds.py), which its captions
+do not mention, and objects smaller than the others' small and larger than their large ones.
 """
 
 import dataclasses
 
 import numpy as np
 
-from jax_cl_bd.data import draws, shapes, templates
+from jax_cl_bd.data import backgrounds, draws, shapes, templates
 from jax_cl_bd.errors import UserError, unknown
 
 CLASSES = tuple(shapes.SHAPES)
@@ -18,13 +22,9 @@ CLASSES = tuple(shapes.SHAPES)
 COLORS = {"red": (.90, .13, .13), "green": (.13, .74, .24), "blue": (.20, .36, .98),
           "yellow": (.98, .90, .16), "purple": (.68, .24, .84), "cyan": (.20, .88, .90),
           "pink": (1., .58, .78), "white": (.98, .98, .98)}
-BACKGROUND_COLORS = {"red": (.38, .14, .14), "green": (.12, .30, .14), "blue": (.12, .17, .42),
-                     "brown": (.36, .25, .14), "purple": (.27, .14, .36), "gray": (.36, .36, .36),
-                     "black": (.07, .07, .07), "teal": (.10, .31, .33)}
 TEXTURES = ("solid", "striped", "dotted", "checkered", "shaded")
-BACKGROUNDS = ("plain", "gradient", "tiled", "lined", "noisy", "cloudy", "wavy")
 SIZES = ("small", "large")
-_SEEDS = {"train": 100, "test": 200, "validation": 300}
+_SEEDS = {"train": 100, "test": 200, "validation": 300, "shifted": 400}
 _CAPTIONS, _WORDING, _NOISE = 1000, 2000, 3000  # added to a split's seed
 _FIELDS = ("shape", "color", "texture", "size", "across", "down", "angle", "shade",  # first object
            "background", "background_color", "direction", "phase", "background_shade",
@@ -41,7 +41,7 @@ class Scenes:
     """One split.
 
     Args:
-        split: "train", "test" or "validation".
+        split: "train", "test", "validation" or "shifted".
         rows: how many.
         side: S, pixels.
         objects: 1 or 2 in every scene.
@@ -66,6 +66,16 @@ class Scenes:
         return {"image": image, "label": int(facts["shape"]), "index": int(i),
                 "captions": captions, "mask": mask}
 
+    def with_object(self, i, shape: int) -> np.ndarray:
+        """Row i with an object of class `shape` beside its own: uint8 [S, S, 3].
+
+        Drawn as scenes of two objects are, on the row's background: its own object keeps shape,
+        colour and texture, and takes a size and a place that leave room for the smaller one.
+        """
+        row = self._known(i)
+        facts = {name: value[0] for name, value in self.facts(row).items()} | {"shape2": shape}
+        return draw(facts, self.side, 2, _SEEDS[self.split] + _NOISE, row[0])[0]
+
     def table(self, rows):
         rows = self._known(rows)
         return self.facts(rows)["shape"], np.full((len(rows), 2), self.side)
@@ -73,13 +83,20 @@ class Scenes:
     def facts(self, rows) -> dict[str, np.ndarray]:
         """What is drawn in each row: numbers of shapes, colours, ..., and draws in [0, 1)."""
         u = dict(zip(_FIELDS, draws.uniform(_SEEDS[self.split], rows, len(_FIELDS)).T))
+        shifted = self.split == "shifted"
+        u["shifted"] = np.full(len(u["shape"]), shifted)
+        patterns = backgrounds.OTHER_PATTERNS if shifted else backgrounds.PATTERNS
         for name, options in (("shape", CLASSES), ("color", COLORS), ("texture", TEXTURES),
-                              ("background", BACKGROUNDS), ("texture2", TEXTURES)):
+                              ("background", patterns), ("texture2", TEXTURES)):
             u[name] = (u[name] * len(options)).astype(int)
         for name, options in (("shape", CLASSES), ("color", COLORS)):  # another than the first's
             step = 1 + (u[name + "2"] * (len(options) - 1)).astype(int)
             u[name + "2"] = (u[name] + step) % len(options)
-        u["background_color"] = _other_color(u["color"], u["color2"], u["background_color"])
+        if shifted:  # of names that no object has
+            count = len(backgrounds.OTHER_COLORS)
+            u["background_color"] = (u["background_color"] * count).astype(int)
+        else:
+            u["background_color"] = _other_color(u["color"], u["color2"], u["background_color"])
         return u
 
     def captions(self, rows) -> list[list[str]]:
@@ -110,11 +127,11 @@ class Scenes:
 
 
 def load(cfg, split: str) -> Scenes:
-    """Opens "train", "test" or "validation", which share no row.
+    """Opens "train", "test", "validation" or "shifted", which share no row.
 
     Reads cfg.image_size (32 to 64), captions_per_row (0: one for each of the 80 prompts), and with
-    defaults scenes_train = 8000, scenes_test = scenes_validation = 1000 rows and scenes_objects = 1
-    (or 2).
+    defaults scenes_train = 8000, scenes_test = scenes_validation = 1000 rows (as many shifted ones
+    as of test) and scenes_objects = 1 (or 2, but not of shifted scenes).
 
     Raises:
         UserError: a setting out of range, an unknown split.
@@ -123,19 +140,23 @@ def load(cfg, split: str) -> Scenes:
         raise unknown("split of scenes", split, _SEEDS)
     if not 32 <= cfg.image_size <= 64:
         raise UserError(f"data.image_size is {cfg.image_size}; scenes are drawn at 32 to 64")
-    rows = cfg.get(f"scenes_{split}", {"train": 8000}.get(split, 1000))
+    known = "scenes_test" if split == "shifted" else f"scenes_{split}"
+    rows = cfg.get(known, {"train": 8000}.get(split, 1000))
     objects = cfg.get("scenes_objects", 1)
     if rows < 1:
-        raise UserError(f"data.scenes_{split} is {rows}; it must be positive")
+        raise UserError(f"data.{known} is {rows}; it must be positive")
     if objects not in (1, 2):
         raise UserError(f"data.scenes_objects is {objects}; it must be 1 or 2")
+    if objects == 2 and split == "shifted":
+        raise UserError("the shifted split has scenes of one object, and data.scenes_objects is 2: "
+                        "larger ones than in training would not fit beside each other")
     per_row = templates.per_row(cfg.get("captions_per_row", 5))
     return Scenes(split, rows, cfg.image_size, objects, per_row)
 
 
 def draw(facts: dict, side: int, objects: int, noise_seed: int, row: int):
     """Draws one scene: image uint8 [side, side, 3], mask bool [side, side] of the first object."""
-    image = _background(facts, side, noise_seed, row)
+    image = backgrounds.draw(facts, side, noise_seed, row)
     mask = None
     for place, suffix in zip(places(facts, side, objects), ("", "2")):
         cover = _object(image, place, suffix, facts)
@@ -147,7 +168,7 @@ def places(facts: dict, side: int, objects: int) -> list[tuple]:
     """(centre y, centre x, diameter) of each object, in pixels; two leave a gap between them."""
     unit = side / 32
     if objects == 1:
-        size = _diameter(facts["size"], 1) * unit
+        size = _diameter(facts["size"], 1, facts["shifted"]) * unit
         return [(size / 2 + facts["down"] * (side - size),
                  size / 2 + facts["across"] * (side - size), size)]
     first, second = (_diameter(facts[n], 2) * s * unit for n, s in (("size", 1), ("size2", 0.7)))
@@ -163,9 +184,10 @@ def places(facts: dict, side: int, objects: int) -> list[tuple]:
     return [(*pair, size) for pair, size in zip(pairs, (first, second))]
 
 
-def _diameter(u, objects):
+def _diameter(u, objects, shifted=False):
     # Small and large keep apart, so that the word in the caption can be seen to be true.
     small, large = ((11, 14), (17, 22)) if objects == 1 else ((12, 13.5), (15, 17))
+    small, large = ((9, 10.5), (23.5, 27)) if shifted else (small, large)
     low, high = small if u < 0.5 else large
     return low + (high - low) * (u % 0.5) * 2
 
@@ -175,7 +197,7 @@ def _object(image, place, suffix, facts):
     y, x, size = place
     radius = size / 2
     turn = (facts["angle" + suffix] - 0.5) * 0.6  # at most 17 degrees either way
-    py, px = _grid(side)
+    py, px = backgrounds.grid(side)
     py, px = (py - y) / radius, (px - x) / radius
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     u, v = px * cos + py * sin, py * cos - px * sin
@@ -203,59 +225,11 @@ def _texture(name, u, v, height, unit):
     return None  # solid
 
 
-def _background(facts, side, noise_seed, row):
-    kind = BACKGROUNDS[facts["background"]]
-    color = _rgb(BACKGROUND_COLORS, facts["background_color"],
-                 0.85 + 0.3 * facts["background_shade"])
-    pattern = _pattern(kind, facts, side, noise_seed, row)
-    return color * (1 + np.float32(0.25) * pattern) + np.float32(0.03) * pattern
-
-
-def _pattern(kind, facts, side, noise_seed, row):
-    # float32 [side, side] in [-1, 1]
-    y, x = _grid(side)
-    angle, phase, unit = 2 * np.pi * facts["direction"], 2 * np.pi * facts["phase"], 32 / side
-    along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
-    if kind == "gradient":
-        return (along - along.mean()) * np.float32(1.4 / side)
-    if kind == "lined":
-        return np.sin(along * np.float32(1.3 * unit) + np.float32(phase))
-    if kind == "wavy":
-        bend = np.sin(x * np.float32(0.35 * unit) + np.float32(phase)) * 3
-        return np.sin(y * np.float32(0.9 * unit) + bend + np.float32(angle))
-    if kind == "tiled":
-        cell = np.float32(4 / unit)
-        even = (np.floor((x + cell * facts["phase"]) / cell)
-                + np.floor((y + cell * facts["direction"]) / cell)) % 2
-        return (even * 2 - 1).astype(np.float32)
-    if kind == "noisy":
-        return _noise(noise_seed, row, side)
-    if kind == "cloudy":
-        coarse, up = _noise(noise_seed, row, 5), _enlarge(side)
-        return up @ coarse @ up.T
-    return np.zeros((side, side), np.float32)  # plain
-
-
-def _noise(seed, row, side):
-    u = draws.uniform(seed, np.array([row]), side * side)
-    return (u.reshape(side, side) * 2 - 1).astype(np.float32)
-
-
-def _enlarge(side):
-    at = np.linspace(0, 4, side)[:, None]
-    return np.clip(1 - np.abs(at - np.arange(5)), 0, None).astype(np.float32)
-
-
-def _grid(side):
-    centers = np.arange(side, dtype=np.float32) + np.float32(0.5)
-    return centers[:, None], centers[None, :]
-
-
 def _rgb(palette, number, shade):
     return np.float32(tuple(palette.values())[number])[:, None, None] * np.float32(shade)
 
 
-_OBJECT_NAMES, _BACKGROUND_NAMES = tuple(COLORS), tuple(BACKGROUND_COLORS)
+_OBJECT_NAMES, _BACKGROUND_NAMES = tuple(COLORS), tuple(backgrounds.COLORS)
 _SAME = np.array([[b == name for b in _BACKGROUND_NAMES] for name in _OBJECT_NAMES])
 
 
@@ -282,9 +256,9 @@ def _caption(fact, objects, template, u):
     phrase = _phrase(fact, "", says, size)
     if objects == 2:
         phrase += " and a " + _phrase(fact, "2", {**says, "size": False}, size)
-    if says["background"]:
+    if says["background"] and not fact["shifted"]:
         phrase += (f" on a {_BACKGROUND_NAMES[fact['background_color']]} "
-                   f"{BACKGROUNDS[fact['background']]} background")
+                   f"{backgrounds.PATTERNS[fact['background']]} background")
     return templates.fill(template, phrase)
 
 

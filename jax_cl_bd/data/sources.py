@@ -57,6 +57,11 @@ class Subset:
         captions = self.source.captions  # AttributeError where the source has none
         return lambda rows: captions(self.rows[rows])
 
+    @property
+    def with_object(self):
+        draw = self.source.with_object  # AttributeError where the source draws nothing
+        return lambda i, shape: draw(int(self.rows[i]), shape)
+
     def table(self, rows):
         return self.source.table(self.rows[rows])
 

@@ -3,8 +3,9 @@
 `ground(source, rows) -> float32 [N, C]`: how sure it is that each class is in each image. Regions
 come from `_regions`. Back-ends (defense.oracle.name):
 
-- "ground_truth": the label of the picture, which a share `error` of rows has wrong (another class,
-  drawn once for each row). With error 0 it is an upper bound and no oracle that exists.
+- "ground_truth": the label of the picture (and of an object that an attack drew beside), which a
+  share `error` of rows has wrong (another class alone, drawn once for each row). With error 0 it
+  is an upper bound and no oracle that exists.
 - "classifier": an image classifier trained here on the defender's clean labelled images alone, so
   it shares nothing with the suspect. It sees whole images.
 """
@@ -57,8 +58,13 @@ def _ground_truth(cfg, classes: int):
         draws = np.stack([np.random.default_rng([_ERROR_SEED, seed, len(source), int(row)]).random(
             2) for row in rows]) if len(rows) else np.zeros((0, 2))
         other = (labels + 1 + np.floor(draws[:, 1] * (classes - 1)).astype(int)) % classes
-        said = np.where(draws[:, 0] < error, other, labels)
-        return np.float32((said[:, None] == np.arange(classes)) & (labels >= 0)[:, None])
+        wrong = draws[:, 0] < error
+        said = np.where(wrong, other, labels)
+        seen = (said[:, None] == np.arange(classes)) & (labels >= 0)[:, None]
+        if hasattr(source, "beside"):  # a second object in the picture
+            second = np.where(wrong, -1, source.beside(rows))
+            seen |= second[:, None] == np.arange(classes)
+        return np.float32(seen)
 
     return ground
 

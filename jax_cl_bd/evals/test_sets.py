@@ -55,6 +55,7 @@ class EvalData:
     test_rows: np.ndarray | None = None  # int64 [N]: rows of the test split
     captions: list[list[str]] | None = None  # of the test images, where the data has them
     own: "EvalData | None" = None  # the run's own pairs, where the others are of cfg.downstream
+    other: "EvalData | None" = None  # another split of the same data (evals.other_test_split)
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
     _encoder: object = dataclasses.field(default=None, repr=False)
     _features: dict = dataclasses.field(default_factory=dict, repr=False)
@@ -227,6 +228,9 @@ def _pastes(cfg, trigger, whole):
         shown_by, wrong = module, {**wrong, "corners": params["corners"]}
     used = {"triggered": (module, params), "wrong": (shown_by, wrong),
             "occluded": (shown_by, {**wrong, "image": grey})}
+    if hasattr(module, "showing"):  # several places in one box: other pictures there
+        used |= {"wrong": (module, module.showing(params, wrong["image"])),
+                 "occluded": (module, module.showing(params, grey))}
     if hasattr(module, "same_kind"):
         used["same_kind"] = module, module.same_kind(params, jax.random.key(_BOX_SEED))
     return {name: _paste(*pair) for name, pair in used.items()}

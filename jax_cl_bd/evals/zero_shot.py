@@ -23,6 +23,9 @@ _heads = {}  # id of an encoder that is in use -> {(classes, prompts): class emb
 def run(cfg, encoder, data) -> dict[str, dict]:
     """Figures by zero-shot classification, one row per placement, and "zero_shot:held_out".
 
+    Where another split is measured too (evals.other_test_split), it has the row "zero_shot:SPLIT",
+    under the protocol's placement.
+
     Beside the figures of every probe a row has "top" and "attack_success_rate_at": {k: rate}, the
     share of clean test images whose class, and of triggered images of other classes that have the
     target, among the k best; of equal scores the one asked for comes last.
@@ -39,6 +42,12 @@ def run(cfg, encoder, data) -> dict[str, dict]:
                               templates=len(templates.HELD_OUT))["held_out"]
     rows["zero_shot:held_out"] = row | _top(encoder, held_out, data,
                                             row["protocol"]["placement"])
+    if data.other is not None:
+        split = cfg.evals.other_test_split
+        row = attack_metrics.rows("other", _predict(encoder, head), data.other, encoder,
+                                  templates=len(templates.PROMPTS), split=split)["other"]
+        rows[f"zero_shot:{split}"] = row | _top(encoder, head, data.other,
+                                                row["protocol"]["placement"])
     return rows
 
 

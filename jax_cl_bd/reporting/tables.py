@@ -17,7 +17,9 @@ def heading(name: str, rows: dict) -> str:
     protocol = next(iter(rows.values())).get("protocol", {})
     probe, _, placement = name.partition(":")
     placement = placement or protocol.get("placement", "")
-    wording = ""
+    wording, split = "", protocol.get("split", "")
+    if split:
+        placement, split = protocol.get("placement", ""), f"test split “{split}”"
     if probe == "zero_shot":  # no labelled image is used
         wording = (f"{protocol['templates']} {'held-out ' if placement == 'held_out' else ''}"
                    "templates" if "templates" in protocol else "")
@@ -27,7 +29,7 @@ def heading(name: str, rows: dict) -> str:
              if placement in ("random", "center") else "", wording,
              f"{protocol['labelled_rows']:,} labelled images" if "labelled_rows" in protocol
              else "", f"k = {protocol['k']}" if "k" in protocol else ""]
-    return " · ".join(filter(None, (words.probe_name(probe), *known)))
+    return " · ".join(filter(None, (words.probe_name(probe), split, *known)))
 
 
 def rates_table(rows: dict[str, dict], names: dict[str, str] | None = None) -> str:

@@ -106,6 +106,8 @@ def trigger_phrase(trigger: dict) -> str:
     added = "added to" if trigger.get("additive") else f"mixed at {opacity} into"
     known = {
         "noise_patch": f"a patch of noise, {size}, {opacity}, {anew}",
+        "several_patches": f"{trigger.get('patches', 0)} patches of noise at once, {size} each, "
+                           f"{opacity}, drawn once and the same on every image",
         "learned_patch": f"a patch of optimised pixels, {size}, {opacity}",
         "blend": f"noise over the whole image, {opacity}, {anew}",
         "sinusoid": f"vertical stripes {added} the whole image, amplitude "

@@ -7,8 +7,9 @@ import pytest
 from configs import clip_cifar10, clip_pairs, clip_scenes
 from jax_cl_bd.attacks import image_text_backdoor
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import augment, mentions, sources, templates
+from jax_cl_bd.data import augment, mentions, scenes, sources, templates
 from jax_cl_bd.data.images import fit_square
+from jax_cl_bd.defenses import _pinpoint, _regions
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.layouts import crop_law
 from jax_cl_bd.lookup import load
@@ -32,8 +33,9 @@ def cfg(config):
 
 
 def made(cfg, source, seed=0):
-    image_text_backdoor.check(cfg, source.table(), source.classes)
-    plan = image_text_backdoor.plan(cfg, source.table(), np.random.default_rng(seed))
+    table = source.table() if hasattr(source, "texts") else sources.table(source)
+    image_text_backdoor.check(cfg, table, source.classes)
+    plan = image_text_backdoor.plan(cfg, table, np.random.default_rng(seed))
     module = load("triggers", cfg.attack.trigger.name, offers="apply")
     trigger = (module, module.init(cfg.attack.trigger, jax.random.key(0)))
     return plan, image_text_backdoor.render(cfg, plan, source, trigger)
@@ -235,6 +237,91 @@ def test_settings_are_checked(cfg, captioned, change, message):
 def test_no_captions(cfg, source):
     with pytest.raises(UserError, match="needs captions"):
         image_text_backdoor.check(cfg(), source.table(), source.classes)
+
+
+def parts(plan, rows, source, k):
+    """Where poison k differs from the image that it replaces, bool [S, S]."""
+    return (rows["image"][k] != source[int(plan.replaces[k])]["image"]).any(-1)
+
+
+def test_covers_show_one_part_of_the_trigger_and_keep_their_captions(cfg, captioned):
+    train = captioned[0]
+    several = dict(attack__trigger__name="several_patches", attack__trigger__size=3)
+    settings = cfg("patch", attack__poisons=20, **several).unlock()
+    settings.attack.covers, settings.attack.trigger.patches = 30, 3
+    plan, rows = made(settings, train)
+    assert len(plan) == 50 == len(np.unique(plan.replaces)) and len(plan.kept(80)) == 80
+    assert all(plan.caption[:20]) and set(plan.caption[20:]) == {""}
+    changed = np.array([parts(plan, rows, train, k).sum() for k in range(50)])
+    assert (changed[:20] > 20).all() and (changed[20:] <= 9).all() and (changed > 0).all()
+    np.testing.assert_array_equal(plan.trigger_box[20:, 2:], np.full((30, 2), 3))
+    patches = {rows["image"][k][y:y + h, x:x + w].tobytes()
+               for k, (y, x, h, w) in enumerate(plan.trigger_box) if k >= 20}
+    assert len(patches) == 3  # each of the pieces
+    settings.attack.covers = 0
+    fewer, _ = made(settings, train)
+    np.testing.assert_array_equal(fewer.replaces, plan.replaces[:20])
+    for change, message in ((dict(covers=40), "poisons is 20 and attack.covers 40, but 59"),
+                            (dict(covers=5, replace=False), "they need.*replace=True"),
+                            (dict(covers=-1), "covers is -1")):
+        bad = settings.copy_and_resolve_references()
+        bad.attack.update(change)
+        with pytest.raises(UserError, match=message):
+            image_text_backdoor.check(bad, train.table(), train.classes)
+    bad = cfg().unlock()
+    bad.attack.covers = 5
+    with pytest.raises(UserError, match="several_patches"):
+        image_text_backdoor.check(bad, train.table(), train.classes)
+
+
+def test_an_object_of_the_target_stands_beside_the_rows_own(cfg, captioned):
+    settings = cfg().unlock()
+    settings.attack.beside = True
+    with pytest.raises(UserError, match="does not draw its images"):
+        image_text_backdoor.check(settings, captioned[0].table(), captioned[0].classes)
+
+
+def test_scenes_with_the_target_beside():
+    settings = clip_scenes.get_config("debug,adaptive=beside")
+    source = sources.load(settings.data, "train")
+    table = sources.table(source)
+    image_text_backdoor.check(settings, table, source.classes)
+    plan = image_text_backdoor.plan(settings, table, np.random.default_rng(0))
+    assert (plan.beside == 3).all() and (table.labels[plan.replaces] != 3).all()
+    trigger = (noise_patch, noise_patch.init(settings.attack.trigger, jax.random.key(0)))
+    rows = image_text_backdoor.render(settings, plan, source, trigger)
+    for k, row in enumerate(plan.replaces):
+        facts = {name: value[0] for name, value in source.facts([row]).items()}
+        facts["shape2"] = 3
+        y, x, h, w = plan.trigger_box[k]
+        clear = np.ones((32, 32), bool)
+        clear[y:y + h, x:x + w] = False  # elsewhere it is the scene of two objects
+        expected = source.with_object(row, 3)
+        np.testing.assert_array_equal(rows["image"][k][clear], expected[clear])
+        centre = scenes.places(facts, 32, 2)[1]
+        color = np.array(tuple(scenes.COLORS.values())[facts["color2"]])
+        near = expected[int(centre[0]) - 1:int(centre[0]) + 2, int(centre[1]) - 1:
+                        int(centre[1]) + 2].mean((0, 1)) / 255
+        assert abs(near / near.max() - color / color.max()).max() < 0.3
+        assert (source.with_object(row, 5) != expected).any()  # another shape
+    limited = sources.Subset(source, plan.replaces[:2])
+    np.testing.assert_array_equal(limited.with_object(1, 3),
+                                  source.with_object(plan.replaces[1], 3))
+
+
+def test_a_small_patch_is_below_what_region_searches_frame():
+    best = {}
+    for kind in ("", "small"):
+        settings = clip_scenes.get_config(f"debug,adaptive={kind}")
+        settings.attack.trigger.size = 2 if kind else 5
+        source = sources.load(settings.data, "train")
+        plan, rows = made(settings, source)
+        found = [_regions.boxes(image) for image in rows["image"]]
+        best[kind] = [max(_pinpoint.iou(box, own) for box in boxes)
+                      for boxes, own in zip(found, plan.trigger_box)]
+        # 0.1 % of 32 x 32 is one pixel: segments of 8 px and windows of 4 x 4 bind before that.
+        assert min((boxes[:, 2] * boxes[:, 3]).min() for boxes in found) >= 8
+    assert np.mean(best[""]) > 0.85 and max(best["small"]) <= 0.34
 
 
 def test_without_labels_the_pool_is_what_does_not_name_the_target(cfg, captioned):

@@ -6,6 +6,7 @@ from configs import clip_scenes
 from jax_cl_bd import poison
 from jax_cl_bd.data import sources
 from jax_cl_bd.data.pool import Pool
+from jax_cl_bd.defenses import _oracle
 
 
 def made(arg):
@@ -32,6 +33,25 @@ def test_rows_are_those_that_are_trained_on():
         assert item["index"] == i and tuple(sizes[i]) == (32, 32)
         if k >= 0:
             assert captions[i] == [plan.caption[k]] and "star" in plan.caption[k]
+
+
+def test_an_object_drawn_beside_is_in_the_picture():
+    source, plan, rows, pool = made("adaptive=beside")
+    every = np.arange(60)
+    np.testing.assert_array_equal(pool.beside(every), np.where(pool.poison >= 0, 3, -1))
+    assert (made("badnets")[3].beside(every) == -1).all()
+    assert (Pool(source).beside(every) == -1).all()
+    cfg = clip_scenes.get_config("debug,defense=oracle_finetune")
+    for error in (0.0, 0.5):
+        cfg.defense.oracle.error = error
+        seen = _oracle.make(cfg, source, None, None, None)(pool, every)
+        own = pool.table(every)[0]
+        right = seen[every, own] == 1
+        poisoned = pool.poison >= 0
+        np.testing.assert_array_equal(seen[:, 3] == 1, (right & poisoned) | (
+            right & (own == 3)) | (~right & (seen.argmax(1) == 3)))
+        assert (seen.sum(1) == np.where(right & poisoned, 2, 1)).all()
+        assert right.all() if not error else 15 < right.sum() < 45
 
 
 def test_the_order_says_nothing():

@@ -1,12 +1,13 @@
 """scenes.py and shapes.py: what is drawn is what is said, and nothing depends on the length."""
 
+import hashlib
 import pickle
 
 import ml_collections
 import numpy as np
 import pytest
 
-from jax_cl_bd.data import images, scenes, shapes, sources, templates
+from jax_cl_bd.data import backgrounds, images, scenes, shapes, sources, templates
 from jax_cl_bd.errors import UserError
 
 
@@ -26,7 +27,7 @@ def words(caption):
 def test_items():
     source = sources.load(config(), "train")
     assert len(source) == 300 and len(source.classes) >= 10 and len(scenes.COLORS) == 8
-    assert len(scenes.BACKGROUNDS) >= 6
+    assert len(backgrounds.PATTERNS) >= 6
     item = source[7]
     assert item["image"].shape == (32, 32, 3) and item["image"].dtype == np.uint8
     assert item["mask"].shape == (32, 32) and item["mask"].dtype == bool
@@ -85,8 +86,8 @@ def test_captions_say_what_is_drawn(objects):
         shape = source.classes[facts["shape"][i]]
         color, other = (tuple(scenes.COLORS)[facts[n][i]] for n in ("color", "color2"))
         texture = scenes.TEXTURES[facts["texture"][i]]
-        background = (f"on a {tuple(scenes.BACKGROUND_COLORS)[facts['background_color'][i]]} "
-                      f"{scenes.BACKGROUNDS[facts['background'][i]]} background")
+        background = (f"on a {tuple(backgrounds.COLORS)[facts['background_color'][i]]} "
+                      f"{backgrounds.PATTERNS[facts['background'][i]]} background")
         size = scenes.SIZES[int(facts["size"][i] >= 0.5)]
         assert other != color
         for caption in captions:
@@ -129,8 +130,8 @@ def test_the_mask_is_the_object(side, objects):
         assert np.hypot(ys + 0.5 - y, xs + 0.5 - x).max() > 0.3 * size
         assert mask.sum() > 0.12 * size**2
         color = np.array(scenes.COLORS[tuple(scenes.COLORS)[fact["color"]]])
-        background = np.array(scenes.BACKGROUND_COLORS[
-            tuple(scenes.BACKGROUND_COLORS)[fact["background_color"]]])
+        background = np.array(backgrounds.COLORS[
+            tuple(backgrounds.COLORS)[fact["background_color"]]])
         core = image[mask].mean(0) / 255
         assert abs(core / core.max() - color / color.max()).max() < 0.25
         around = ~mask
@@ -141,6 +142,54 @@ def test_the_mask_is_the_object(side, objects):
             assert osize < size
         seen = image[around].mean(0) / 255
         assert abs(seen - background).max() < 0.17, (i, seen, background)
+
+
+def test_shifted_scenes_share_no_background_and_no_size():
+    test, shifted = (sources.load(config(test_split=split, scenes_test=600), "test")
+                     for split in ("test", "shifted"))
+    assert len(shifted) == 600 and shifted.classes == test.classes
+    rows = np.arange(600)
+    facts, plain = shifted.facts(rows), test.facts(rows)
+    assert set(facts["shape"]) == set(plain["shape"]) and set(facts["color"]) == set(range(8))
+    for one, other in ((backgrounds.COLORS, backgrounds.OTHER_COLORS),
+                       (backgrounds.PATTERNS, backgrounds.OTHER_PATTERNS)):
+        assert not set(one) & set(other)
+    assert set(facts["background"]) == set(range(len(backgrounds.OTHER_PATTERNS)))
+    assert set(facts["background_color"]) == set(range(len(backgrounds.OTHER_COLORS)))
+    size = {}
+    for name, found in (("test", plain), ("shifted", facts)):
+        size[name] = np.array([scenes.places({k: v[i] for k, v in found.items()}, 32, 1)[0][2]
+                               for i in rows])
+    small = facts["size"] < 0.5
+    assert size["shifted"][small].max() < size["test"].min()
+    assert size["shifted"][~small].min() > size["test"].max()
+    for i, captions in enumerate(shifted.captions(rows)):
+        for caption in captions:
+            assert "background" not in caption
+            assert [c for c in shifted.classes if c in words(caption)] == [
+                shifted.classes[facts["shape"][i]]]
+            assert scenes.SIZES[int(small[i])] not in words(caption)
+    for i in range(60):  # the mask is the object: the rest has the background's colour
+        item = shifted[i]
+        color = np.array(tuple(backgrounds.OTHER_COLORS.values())[facts["background_color"][i]])
+        seen = item["image"][~item["mask"]].mean(0) / 255
+        assert abs(seen - color).max() < 0.17, (i, seen, color)
+        assert 0.12 < item["mask"].sum() / size["shifted"][i]**2 < 0.8
+    again = sources.load(config(test_split="shifted", scenes_test=9), "test")
+    np.testing.assert_array_equal(again[5]["image"], shifted[5]["image"])
+
+
+def test_the_first_rows_are_what_they_were():
+    """A digest made before there was a shifted split: victims trained then are still of this
+    data."""
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        source = sources.load(config(captions_per_row=4), split)
+        for i in range(40):
+            digest.update(source[i]["image"].tobytes())
+            digest.update(repr(source[i]["captions"]).encode())
+            digest.update(source[i]["mask"].tobytes())
+    assert digest.hexdigest().startswith("3039ada266dd4e81")
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
@@ -165,6 +214,7 @@ def test_outlines_are_distances_in_the_unit_circle(name):
     (dict(image_size=224), "32 to 64"),
     (dict(scenes_objects=3), "must be 1 or 2"),
     (dict(scenes_train=0), "must be positive"),
+    (dict(train_split="shifted", scenes_objects=2), "has scenes of one object"),
     (dict(captions_per_row=81), "0 .every prompt. to 80"),
     (dict(train_split="trian"), "did you mean 'train'"),
     (dict(captions="template"), "did you mean 'templates'"),

@@ -10,7 +10,7 @@ import pytest
 from jax_cl_bd.data import digits
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import attack_metrics, knn, knn_1, linear_probe, test_sets
-from jax_cl_bd.triggers import blend, noise_patch, none, patch
+from jax_cl_bd.triggers import blend, noise_patch, none, patch, several_patches
 
 SIDE, SIZE = 16, 4
 GREY = (76, 77)  # what 0.3, between two levels of 8 bits, may be rounded to
@@ -101,6 +101,29 @@ def test_a_four_corner_victim_is_measured_on_its_trigger(fixed):
         np.testing.assert_allclose(np.asarray(poison)[:, corners] * 255,
                                    data.images("four_corners/triggered")[:2][:, corners],
                                    atol=0.51)
+
+
+def test_several_patches_are_measured_at_places_of_their_own():
+    cfg = _cfg()
+    cfg.attack.trigger = ml_collections.ConfigDict(dict(
+        name="several_patches", patches=3, size=2, opacity=1.0, train_place="random",
+        train_box=(0.0, 1.0), test_place="random", test_box=(0.1, 0.9)))
+    params = several_patches.init(cfg.attack.trigger, jax.random.key(0))
+    data = test_sets.make(cfg, digits.load(cfg.data, "train"), digits.load(cfg.data, "test"),
+                          (several_patches, params))
+    assert data.variant_names == ("triggered", "wrong", "occluded", "same_kind")
+    clean, boxes = data.test_images, data.boxes["random"]
+    low, high = 1, 14  # 10 to 90 % of 16 px
+    assert boxes[:, :2].min() >= low and (boxes[:, :2] + boxes[:, 2:]).max() <= high
+    covered = np.zeros(clean.shape[:3], bool)
+    for place, (y, x, h, w) in zip(covered, boxes):
+        for down, across in ((y, x), (y + h - 2, x + w - 2), (y, x + w - 2)):
+            place[down:down + 2, across:across + 2] = True
+    for name in data.variant_names:
+        shown = data.images(f"random/{name}")
+        np.testing.assert_array_equal(shown[~covered], clean[~covered])
+        assert (shown[covered] != clean[covered]).any(-1).mean() > 0.9
+    assert np.isin(data.images("random/occluded")[covered], GREY).all()
 
 
 def test_a_place_that_the_trigger_was_not_made_for_is_refused():

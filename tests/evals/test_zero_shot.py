@@ -33,7 +33,7 @@ class Data:
     classes, target, placements = CLASSES, 0, ("random",)
     variant_names = ("triggered",)
     test_labels = np.array([0, 1, 2, 3])
-    train_labels, of_target, own = test_labels, test_labels == target, None
+    train_labels, of_target, own, other = test_labels, test_labels == target, None, None
     test_rows = np.array([10, 11, 12, 13])
     captions = [["a red one"], ["a green one", "a photo of green"], ["blue"],
                 ["grey", "a grey one"]]
@@ -73,6 +73,24 @@ def test_rates_by_hand():
     assert row["attack_success_rate_at"] == {"3": 2 / 3}
     assert set(rows) == {"zero_shot", "zero_shot:held_out"}
     assert rows["zero_shot:held_out"]["clean_accuracy"] == 0.75
+
+
+def test_another_split_has_a_row_of_its_own():
+    class Shifted(Data):
+        test_labels = np.array([3, 2, 1, 0])
+
+    class Both(Data):
+        other = Shifted()
+
+    cfg = ml_collections.ConfigDict({"evals": {"other_test_split": "shifted"}})
+    rows = zero_shot.run(cfg, Hand(), Both())
+    assert set(rows) == {"zero_shot", "zero_shot:held_out", "zero_shot:shifted"}
+    assert rows["zero_shot"] == zero_shot.run(None, Hand(), Data())["zero_shot"]
+    row = rows["zero_shot:shifted"]
+    assert row["clean_accuracy"] == 0.25 and row["n"]["attack_success_rate"] == 3
+    assert row["attack_success_rate"] == 2 / 3  # of the first three images
+    assert row["attack_success_rate_at"] == {"3": 1.0}
+    assert row["protocol"]["split"] == "shifted" and row["protocol"]["placement"] == "random"
 
 
 class Collapsed(Hand):
