@@ -202,6 +202,13 @@ def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rate
                            rho=0.5, flips=32, correlation=0.7, searched=300)}
 
 
+def supervised(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """Supervised fine-tuning of the image tower with CleanCLIP's weight decay (docs/papers.md)."""
+    found = _swept("supervised", clean_fraction, validation_split, batch_size, steps, rates)
+    del found["in_modality"]
+    return {**found, "optim": {**found["optim"], "weight_decay": 0.01}}
+
+
 def decree(*, clean_fraction, steps):
     """DECREE's inversion (docs/papers.md) with its settings for CLIP; `images` clean ones."""
     return dict(name="decree", clean_fraction=clean_fraction, images=1000, batch_size=32,
@@ -220,6 +227,13 @@ def cosine_filter(*, clean_fraction, false_alarm=0.01, scorer=""):
     image-text model, "" the suspect itself."""
     return dict(name="cosine_filter", clean_fraction=clean_fraction, false_alarm=false_alarm,
                 scorer=scorer)
+
+
+def bdetclip(*, clean_fraction, validation_split, false_alarm=0.05):
+    """Detection of triggered images at test time (docs/papers.md): texts of each class, with
+    `words` random words in the perturbed ones."""
+    return dict(name="bdetclip", clean_fraction=clean_fraction, validation_split=validation_split,
+                false_alarm=false_alarm, benign=20, perturbed=20, words=3, keep_name=False, seed=0)
 
 
 def evals(**changes):
