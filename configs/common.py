@@ -195,7 +195,8 @@ def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rate
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
     `error` of images, or classifier. Thresholds: docs/papers.md."""
     return {**_swept("oracle_finetune", clean_fraction, validation_split, batch_size, steps, rates),
-            "oracle": dict(name=oracle, error=error, steps=1500),
+            "oracle": dict(name=oracle, error=error, steps=1500, segmenter="classical",
+                           segmenter_folder="", segmenter_points=32),
             "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
                          evidence="transplant"),
             "curate": dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,

@@ -111,7 +111,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
             if outcome.classify:
                 row |= attack_metrics.rows("own_head", outcome.classify(outcome.variables), tests,
-                                           repaired)
+                                           repaired, labelled_rows=len(clean))
             if outcome.points:
                 row["front"] = front.measure(outcome, suspect, tests, mesh)
         run_folder.write_json(where / "report.json", outcome.report)

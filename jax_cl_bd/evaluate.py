@@ -84,7 +84,7 @@ def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, lab
     """
     modules = {name: lookup.load("evals", name, offers="run") for name in cfg.evals.probes}
     modules = {name: module for name, module in modules.items()
-               if encoder.text is not None or not getattr(module, "TEXT", False)}
+               if not getattr(module, "TEXT", False) or encoder.text is not None}
     with contextlib.closing(metrics.Progress(f"evaluate {label}", len(modules) + 1)) as progress:
         rows, seen = {}, 0
 

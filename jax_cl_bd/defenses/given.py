@@ -27,7 +27,7 @@ class Given:
 class Truth:
     """What the benchmark knows and a defender does not; for scoring alone (design 3).
 
-    poison: int64 [n], which poison each row of the pool is, or -1. triggered: bool [m], which of the
+    poison: int64 [n], which poison each row of the pool is, or -1. triggered: bool [m], which
     incoming images carry the trigger.
     """
 

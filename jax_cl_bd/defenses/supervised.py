@@ -26,6 +26,7 @@ from jax_cl_bd.defenses import _classifier, _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import parts
 from jax_cl_bd.models.pair import modules_of
 
 NEEDS_LABELS = True  # of the images that it trains and chooses on
@@ -77,7 +78,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     label = "control" if folder.name == "control" else "victim"
     found = _sweep.train(
         cfg, own, suspect, _classifier.Feed(own, clean),
-        first=lambda tx: _classifier.first_state(jax.tree.map(jnp.copy, start), tx, steps_key),
+        # Copies, also of the key: a step donates its state, and every rate begins from here.
+        first=lambda tx: _classifier.first_state(parts.copied(start), tx, jnp.copy(steps_key)),
         make_step=lambda tx: _classifier.make_step(own, modules, tx, own.augment.view1),
         accuracy=accuracy,
         before=_sweep.zero_shot_accuracy(suspect, x, labels, data.validation.classes), mesh=mesh,
