@@ -8,10 +8,11 @@ anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold) or
 roclip|safeclip (CLIP that defends itself while it trains; victim and control are trained so),
-defense=none|fine_tune|retrain|oracle_finetune|clean_clip|par|norm_only|oracle_filter|decree|
-density|cosine_filter (the last three only say what they suspect), oracle=ground_truth|classifier
-(of the two that have one), adaptive=several|small|beside|all (badnets by an attacker who knows
-such defenses, see common.adapt), target=CLASS, seed=N.
+defense=none|fine_tune|retrain|oracle_finetune|clean_clip|cleaner_clip|par|abd|ubt|invertune|
+supervised|norm_only|oracle_filter|decree|density|cosine_filter|bdetclip (the last four only say
+what they suspect), oracle=ground_truth|classifier (of the two that have one),
+adaptive=several|small|beside|all (badnets by an attacker who knows such defenses, see
+common.adapt), target=CLASS, seed=N.
 docs/results.md has times and numbers, of small_resnet.
 
 The attacks without a trigger have counts near the literature's, and no more than that: `targeted`
@@ -99,8 +100,10 @@ def get_config(arg=""):
             decree=common.decree(clean_fraction=0.25, steps=600),
             density=common.density(clean_fraction=0.25),
             cosine_filter=common.cosine_filter(clean_fraction=0.25),
+            bdetclip=common.bdetclip(clean_fraction=0.25, validation_split="validation"),
             clean_clip=common.clean_clip(**sweep),
             par=common.par(**sweep),
+            supervised=common.supervised(**sweep),
             norm_only=common.norm_only(clean_fraction=0.25, batch_size=64, steps=100),
             oracle_filter=common.oracle_filter(**sweep, oracle=a["oracle"]),
             oracle_finetune=common.oracle_finetune(**sweep, oracle=a["oracle"]))))

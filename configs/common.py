@@ -241,11 +241,19 @@ def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rate
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
     `error` of images, or classifier. Thresholds: docs/papers.md."""
     return {**_swept("oracle_finetune", clean_fraction, validation_split, batch_size, steps, rates),
-            "oracle": dict(name=oracle, error=error, steps=1500),
+            "oracle": dict(name=oracle, error=error, steps=1500, segmenter="classical",
+                           segmenter_folder="", segmenter_points=32),
             "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
                          evidence="transplant"),
             "curate": dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,
                            rho=0.5, flips=32, correlation=0.7, searched=300)}
+
+
+def supervised(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """Supervised fine-tuning of the image tower with CleanCLIP's weight decay (docs/papers.md)."""
+    found = _swept("supervised", clean_fraction, validation_split, batch_size, steps, rates)
+    del found["in_modality"]
+    return {**found, "optim": {**found["optim"], "weight_decay": 0.01}}
 
 
 def decree(*, clean_fraction, steps):
@@ -266,6 +274,13 @@ def cosine_filter(*, clean_fraction, false_alarm=0.01, scorer=""):
     image-text model, "" the suspect itself."""
     return dict(name="cosine_filter", clean_fraction=clean_fraction, false_alarm=false_alarm,
                 scorer=scorer)
+
+
+def bdetclip(*, clean_fraction, validation_split, false_alarm=0.05):
+    """Detection of triggered images at test time (docs/papers.md): texts of each class, with
+    `words` random words in the perturbed ones."""
+    return dict(name="bdetclip", clean_fraction=clean_fraction, validation_split=validation_split,
+                false_alarm=false_alarm, benign=20, perturbed=20, words=3, keep_name=False, seed=0)
 
 
 def evals(**changes):

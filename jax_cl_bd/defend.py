@@ -11,9 +11,10 @@ from etils import epath
 from jax_cl_bd import evaluate, lookup, parallel, poison, run_folder
 from jax_cl_bd.data import sources
 from jax_cl_bd.data.pool import Pool
-from jax_cl_bd.defenses import front
+from jax_cl_bd.defenses import front, incoming
 from jax_cl_bd.defenses.given import Given, Truth
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import attack_metrics
 from jax_cl_bd.models import encoder as encoders
 
 STREAM = 3  # of cfg.seed
@@ -87,6 +88,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     held_out = validation(cfg)
     trigger = poison.load_trigger(cfg, victim)
     tests = evaluate.test_data(cfg, trigger)
+    arriving, triggered = None, None
+    if getattr(defense, "NEEDS_INCOMING", False):  # of the data that the suspect was trained on
+        arriving, triggered = incoming.make(tests.own or tests)
     key = jax.random.key(cfg.seed * 16 + STREAM)
     out = folder / "defenses" / cfg.defense.name
     results = {}
@@ -97,14 +101,17 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
         suspects.append(("control", control, out / "control"))
     for label, place, where in suspects:
         suspect = encoders.load(place, mesh)
-        truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison)
-        data = Given(clean, held_out, pools[label])
+        truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison, triggered)
+        data = Given(clean, held_out, pools[label], arriving)
         outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)
         row = {"verdict": outcome.verdict}
         if outcome.variables is not None:
             repaired = encoders.of_parts(outcome.cfg, outcome.variables, mesh,
                                          suspect.pair and suspect.pair.tokenizer)
             row |= evaluate.measure(cfg, repaired, tests, f"{cfg.defense.name} of {label}")
+            if outcome.classify:
+                row |= attack_metrics.rows("own_head", outcome.classify(outcome.variables), tests,
+                                           repaired, labelled_rows=len(clean))
             if outcome.points:
                 row["front"] = front.measure(outcome, suspect, tests, mesh)
         run_folder.write_json(where / "report.json", outcome.report)

@@ -103,9 +103,14 @@ def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encod
 
 
 def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, label: str) -> dict:
-    """Runs every probe of the config: {"<probe>[:placement]": figures} and the alignment row."""
-    with contextlib.closing(metrics.Progress(f"evaluate {label}",
-                                             len(cfg.evals.probes) + 1)) as progress:
+    """Runs every probe of the config: {"<probe>[:placement]": figures} and the alignment row.
+
+    A repaired encoder may have lost its text tower: probes that need one (TEXT) are left out.
+    """
+    modules = {name: lookup.load("evals", name, offers="run") for name in cfg.evals.probes}
+    modules = {name: module for name, module in modules.items()
+               if not getattr(module, "TEXT", False) or encoder.text is not None}
+    with contextlib.closing(metrics.Progress(f"evaluate {label}", len(modules) + 1)) as progress:
         rows, seen = {}, 0
 
         def watch(count):
@@ -114,8 +119,8 @@ def measure(cfg: ml_collections.ConfigDict, encoder: encoders.Encoder, data, lab
             progress.update(0, f"{name}, {seen} images encoded")
 
         encoder.watchers.append(watch)
-        for name in cfg.evals.probes:
-            rows |= lookup.load("evals", name, offers="run").run(cfg, encoder, data)
+        for name, module in modules.items():
+            rows |= module.run(cfg, encoder, data)
             progress.update(1, name)
         name = "alignment"
         rows[name] = alignment.of_encoder(encoder, data)

@@ -24,6 +24,7 @@ VARIANTS = {
     "clip_scenes": ["defense=fine_tune", "defense=oracle_finetune", "defense=clean_clip",
                     "defense=norm_only", "defense=oracle_filter", "defense=density",
                     "defense=cosine_filter", "defense=decree", "defense=par",
+                    "defense=supervised", "defense=bdetclip",
                     "blended,objective=siglip", "optimized_patch",
                     "adaptive=all", "adaptive=several",
                     "mismatched,defense=retrain", "targeted", "tower=clip_resnet",
@@ -117,6 +118,17 @@ def test_clip_scenes_in_debug_mode(tmp_path, arg):
         found = results["defenses"][cfg.defense.name]
         assert found["verdict"]["rows"] == 200 and "zero_shot" not in found
         assert (tmp_path / "defenses" / cfg.defense.name / "suspicious.png").exists()
+    elif cfg.defense.name == "bdetclip":
+        found = results["defenses"]["bdetclip"]
+        assert found["verdict"]["rows"] == 100 and "zero_shot" not in found
+        assert 0 <= found["verdict"]["auroc"] <= 1
+        assert (tmp_path / "defenses" / "bdetclip" / "suspicious.png").exists()
+    elif cfg.defense.name == "supervised":  # it has no text left, and answers by its head
+        found = results["defenses"]["supervised"]
+        assert "zero_shot" not in found and "retrieval" not in found
+        assert found["own_head"]["clean_accuracy"] == next(
+            p["clean_accuracy"] for p in found["front"]["points"] if p["chosen"])
+        assert load_encoder(tmp_path / "defenses" / "supervised").text is None
     elif cfg.defense.name != "none":
         repaired = load_encoder(tmp_path / "defenses" / cfg.defense.name)
         assert repaired.text(["a photo of a star."]).shape == (1, cfg.objective.dim)

@@ -251,6 +251,16 @@ def test_page_and_terminal_say_differences_with_newcombes_interval(folder, docum
         assert f"ASR, {pair}: {d:+.3f} [{low:+.3f}, {high:+.3f}]" in said
 
 
+def test_the_terminal_has_rows_of_a_defense_alone(folder):
+    """A head of its own is measured under a name that the victim has no row of."""
+    results = run_folder.read_json(folder / "results.json")
+    assert "own_head" not in table.text(results)
+    results["defenses"]["distill"]["own_head"] = {"clean_accuracy": 0.125}
+    lines = table.text(results).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("own_head"))
+    assert lines[at + 1].split()[:2] == ["distill", "0.125"]
+
+
 def newcombe_by_scipy(one, other):
     """Hits and totals of two rates -> difference, low, high."""
     (p, q), found = [h / n for h, n in (one, other)], []

@@ -19,6 +19,7 @@ import numpy as np
 from jax_cl_bd.data import images
 from jax_cl_bd.defenses import _regions
 
+Regions = Callable[[np.ndarray], np.ndarray]  # image -> boxes int [R, 4]
 EVIDENCE = ("transplant", "crop")
 _BLOCK = 256  # images that one call of the suspect sees: one shape, one compile
 _CANVASES = 4  # clean images that a region is moved to, beside a plain one
@@ -79,7 +80,8 @@ def claims(probabilities: np.ndarray, grounded: np.ndarray, *, top: int,
 
 def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: np.ndarray,
              canvases: tuple[np.ndarray, np.ndarray], *, sure: float, confident: float,
-             evidence: str) -> list[tuple[int, tuple[int, ...], float]]:
+             evidence: str, regions: Regions = _regions.boxes
+             ) -> list[tuple[int, tuple[int, ...], float]]:
     """Algorithm 1 on one image: (label, box, score) for every label of P that a region explains.
 
     Args:
@@ -87,8 +89,9 @@ def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: 
         canvases: see `canvases_of`; those of the label itself are not used.
         sure: from what score on the oracle grounds a label (tau_s).
         confident: probability that a crop must reach (tau_r), for evidence "crop".
+        regions: of _regions.make.
     """
-    boxes = _regions.boxes(image)
+    boxes = regions(image)
     if not len(boxes) or not len(labels):
         return []
     without = suspect.probabilities(np.stack([_filled(image, box) for box in boxes]))
@@ -125,8 +128,8 @@ def _opinion(suspect, image, boxes, label, canvases, confident, evidence):
 
 
 def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], grounded: np.ndarray,
-         canvases: tuple[np.ndarray, np.ndarray], settings,
-         progress) -> tuple[list[Candidate], dict]:
+         canvases: tuple[np.ndarray, np.ndarray], settings, progress,
+         regions: Regions = _regions.boxes) -> tuple[list[Candidate], dict]:
     """Looks for triggers in some rows of the pool, the most telling label first.
 
     Rows are queued by the label that the suspect claims in vain. In turn the label is taken of
@@ -155,7 +158,7 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], gro
         image = images.test_image(pool[int(rows[i])]["image"], suspect.side)
         for own, box, score in in_image(suspect, image, wanted[i], grounded[i], canvases,
                                         sure=settings.sure, confident=settings.confident,
-                                        evidence=settings.evidence):
+                                        evidence=settings.evidence, regions=regions):
             y, x, height, width = box
             candidates.append(Candidate(int(rows[i]), own, box,
                                         image[y:y + height, x:x + width].copy(), score))

@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from etils import epath
 
 from jax_cl_bd import optim, run_folder
-from jax_cl_bd.data import augment, feed, images
-from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.data import images
+from jax_cl_bd.defenses import _classifier
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.models import build, parts
-from jax_cl_bd.models.heads import Projection
-from jax_cl_bd.train import TrainState, born_sharded, fit
+from jax_cl_bd.train import born_sharded, fit
 
 NAMES = ("ground_truth", "classifier")
 _ERROR_SEED = 7933
@@ -46,7 +44,7 @@ def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
     """Gives ground(source, rows); a classifier is trained in `folder`, and resumes."""
     if cfg.defense.oracle.name == "ground_truth":
         return _ground_truth(cfg, len(clean.classes))
-    return _classifier(cfg, clean, mesh, folder, key)
+    return _trained(cfg, clean, mesh, folder, key)
 
 
 def _ground_truth(cfg, classes: int):
@@ -69,15 +67,13 @@ def _ground_truth(cfg, classes: int):
     return ground
 
 
-def _classifier(cfg, clean, mesh, folder, key):
-    labels = clean.table(np.arange(len(clean)))[0]
+def _trained(cfg, clean, mesh, folder, key):
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.text = ml_collections.ConfigDict({"name": "none"})
     own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
     own.data.text_augment = "none"
     steps, classes = cfg.defense.oracle.steps, len(clean.classes)
-    modules = {"encoder": build.build(cfg.model), "classes": Projection(classes, use_bias=True)}
-    apply_fns = parts.make_apply_fns(modules)
+    modules = {"encoder": build.build(cfg.model), _classifier.HEAD: _classifier.head(classes)}
     tx, _ = optim.make(cfg.optim, steps, 1)
     run_folder.write_config(folder, own)
     side = cfg.data.image_size
@@ -85,40 +81,19 @@ def _classifier(cfg, clean, mesh, folder, key):
     def init(key):
         weights, steps_key = jax.random.split(key)
         variables = parts.init_variables(modules, weights, (side, side, 3))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=variables["params"],
-                          batch_stats=variables["batch_stats"],
-                          opt_state=tx.init(variables["params"]), extra={}, key=steps_key)
-
-    def step_fn(state, data, batch):
-        view_key = jax.random.fold_in(state.key, state.step)
-        x = augment.one_view(cfg.augment.view2, cfg.augment.interpolation, cfg.data.mean,
-                             cfg.data.std, data, batch, view_key)
-
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, variables = parts.forward(apply_fns, variables, tuple(modules), x)
-            loss = optax.softmax_cross_entropy_with_integer_labels(
-                logits.astype(jnp.float32), data["labels"][batch["index"]]).mean()
-            return loss, variables["batch_stats"]
-
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state,
-                             params=optax.apply_updates(state.params, updates)), {"loss": loss}
+        return _classifier.first_state(variables, tx, steps_key)
 
     state, shardings = born_sharded(init, key, mesh)
-    rows = _Labelled(feed.make(own, PoisonedSet(clean)), labels)
-    state = fit(step_fn, state, shardings, rows, folder=folder, steps=steps, cfg_train=own.train,
+    state = fit(_classifier.make_step(cfg, modules, tx, cfg.augment.view2), state, shardings,
+                _classifier.Feed(own, clean), folder=folder, steps=steps, cfg_train=own.train,
                 mesh=mesh, label="train oracle")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     mean, std = np.float32(cfg.data.mean), np.float32(cfg.data.std)
 
     @jax.jit
     def probabilities(variables, x):
-        z = (x.astype(jnp.float32) / 255 - mean) / std
-        for name in modules:
-            z, _ = apply_fns[name](variables, z, False)
-        return jax.nn.softmax(z.astype(jnp.float32))
+        x = (x.astype(jnp.float32) / 255 - mean) / std
+        return jax.nn.softmax(_classifier.logits(modules, variables, x))
 
     def ground(source, rows):
         out = [np.zeros((0, classes), np.float32)]
@@ -131,11 +106,3 @@ def _classifier(cfg, clean, mesh, folder, key):
         return np.concatenate(out)
 
     return ground
-
-
-class _Labelled:
-    """A feed whose data also hold the labels of the rows."""
-
-    def __init__(self, inner, labels):
-        self.data = {**inner.data, "labels": np.asarray(labels, np.int32)}
-        self.batches = inner.batches

@@ -11,6 +11,7 @@ is, the point of highest accuracy; attack success plays no part. The benchmark m
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def check(cfg: ml_collections.ConfigDict) -> None:
     if not d.validation_split:
         raise UserError(f"defense {d.name} chooses its settings on images that were not trained "
                         "on; name their split in defense.validation_split")
-    if d.in_modality < 0:
+    if d.get("in_modality", 0) < 0:
         raise UserError(f"defense.in_modality={d.in_modality} must be 0 (off) or more")
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
     for rate in d.rates:
@@ -79,6 +80,11 @@ def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: ja
     dataset = PoisonedSet(pairs, texts=texts.of(described(cfg), suspect.pair.tokenizer, pairs))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
                                   key=key, label=label)
+    return outcome_of(variables, own, points)
+
+
+def outcome_of(variables, own, points: list[Point]) -> Outcome:
+    """What a defense gives back of a sweep; its verdict is on the point chosen."""
     chosen = next(p for p in points if p.chosen)
     verdict = {"rate": chosen.rate, "step": chosen.step,
                "validation_accuracy": chosen.validation_accuracy,
@@ -98,32 +104,55 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
         lies in `folder`, where load_encoder finds it.
     """
     own = described(cfg)
-    x, truth = _validation(cfg, validation)
-    before = _accuracy(suspect, x, truth, validation.classes)
+    x, truth = validation_images(cfg, validation)
+
+    def accuracy(variables):
+        repaired = encoders.of_parts(own, variables, mesh, suspect.pair.tokenizer)
+        return zero_shot_accuracy(repaired, x, truth, validation.classes)
+
+    return train(cfg, own, suspect, feed.make(own, dataset),
+                 first=lambda tx: first_state(own, suspect.pair.variables, tx, key),
+                 make_step=lambda tx: training.make_step(own, tx, cfg.defense.steps),
+                 accuracy=accuracy,
+                 before=zero_shot_accuracy(suspect, x, truth, validation.classes),
+                 mesh=mesh, folder=folder, label=label)
+
+
+def train(cfg, own, suspect, rows, *, first: Callable, make_step: Callable,
+          accuracy: Callable[[dict], float], before: float, mesh, folder: epath.Path,
+          label: str) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
+    """Trains at every rate and chooses among the points (top of the file).
+
+    Args:
+        own: describes the model that is trained. rows: a feed.
+        first: optimiser -> TrainState. make_step: optimiser -> step function of train.fit.
+        accuracy: variables -> accuracy on the validation images; `before`: the suspect's.
+    Returns:
+        As `tune`.
+    """
     wanted = before - cfg.defense.may_lose
     every = cfg.defense.steps // cfg.defense.points
     points = []
     for rate in cfg.defense.rates:
         place = folder / f"rate_{rate:g}"
         tx, _ = optim.make(_optim(cfg, rate), cfg.defense.steps, 1)
-        state = first_state(own, suspect.pair.variables, tx, key)
+        state = first(tx)
         shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda s=state: s))
 
         def look(state, place=place, rate=rate):
             variables = {"params": state.params, "batch_stats": state.batch_stats}
-            repaired = encoders.of_parts(own, variables, mesh, suspect.pair.tokenizer)
-            accuracy = _accuracy(repaired, x, truth, validation.classes)
+            found = accuracy(variables)
             path = place / "points" / f"{int(state.step)}.safetensors"
             save(path, variables, {"rate": rate, "step": int(state.step),
-                                   "validation_accuracy": accuracy})
-            return {"eval/validation_accuracy": accuracy}
+                                   "validation_accuracy": found})
+            return {"eval/validation_accuracy": found}
 
-        train = own.train.copy_and_resolve_references()
-        train.eval_every = every
+        cfg_train = own.train.copy_and_resolve_references()
+        cfg_train.eval_every = every
         run_folder.write_config(place, own)
-        fit(training.make_step(own, tx, cfg.defense.steps), jax.device_put(state, shardings),
-            shardings, feed.make(own, dataset), folder=place, steps=cfg.defense.steps,
-            cfg_train=train, mesh=mesh, label=f"{label}, rate {rate:g}", evaluate=look)
+        fit(make_step(tx), jax.device_put(state, shardings), shardings, rows, folder=place,
+            steps=cfg.defense.steps, cfg_train=cfg_train, mesh=mesh,
+            label=f"{label}, rate {rate:g}", evaluate=look)
         paths = sorted((place / "points").glob("*.safetensors"), key=lambda p: int(p.stem))
         for path in paths[-cfg.defense.points:]:
             points.append(Point(**_facts(path), path=path))
@@ -141,8 +170,8 @@ def described(cfg) -> ml_collections.ConfigDict:
     RoCLIP or SafeCLIP is repaired as CLIP, by CLIP's loss."""
     own = training.plain(cfg)
     own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
-    own.objective.in_modality = float(cfg.defense.in_modality)
-    if cfg.defense.in_modality:
+    own.objective.in_modality = float(cfg.defense.get("in_modality", 0))
+    if own.objective.in_modality:
         own.data.text_augment = "eda"
     return own
 
@@ -150,7 +179,8 @@ def described(cfg) -> ml_collections.ConfigDict:
 def keep(folder: epath.Path, cfg, variables, step: int, suspect) -> None:
     """Leaves a model in a defense's folder as a run leaves its own."""
     run_folder.write_config(folder, cfg)
-    suspect.pair.tokenizer.save(folder / "tokenizer.json")
+    if cfg.text.name != "none":
+        suspect.pair.tokenizer.save(folder / "tokenizer.json")
     if checkpoint.newest_good_step(folder / "checkpoints", rename=True) is None:
         with checkpoint.open_manager(folder / "checkpoints") as manager:
             checkpoint.save(manager, step, jax.tree.map(jnp.asarray, variables))
@@ -179,9 +209,11 @@ def load(cfg, path: epath.Path) -> dict:
     """Reads what `save` wrote: {"params": {part: ...}, "batch_stats": {part: ...}}."""
     flat, _ = weights_file.read(path)
     nested = traverse_util.unflatten_dict(flat, sep="/")
-    whole = encoders.abstract_parts(cfg)  # parts without batch norm have no entry in the file
-    return {kind: {part: nested.get(kind, {}).get(part, {}) for part in whole[kind]}
-            for kind in whole}
+    # Parts without batch norm have no entry there in the file; a head of a defense's own has none
+    # in the config.
+    names = {**encoders.abstract_parts(cfg)["params"], **nested["params"]}
+    return {kind: {part: nested.get(kind, {}).get(part, {}) for part in names}
+            for kind in ("params", "batch_stats")}
 
 
 def _facts(path):
@@ -194,7 +226,12 @@ def _optim(cfg, rate):
     return chosen
 
 
-def _validation(cfg, validation):
+def validation_images(cfg, validation) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled images of a source, uint8 [N, S, S, 3], and their labels int [N].
+
+    Raises:
+        UserError: none has a label.
+    """
     labels = np.asarray(validation.table(np.arange(len(validation)))[0])
     if not (labels >= 0).any():
         raise UserError(f"defense {cfg.defense.name} chooses its settings on labelled images, and "
@@ -205,7 +242,8 @@ def _validation(cfg, validation):
     return x, labels[rows]
 
 
-def _accuracy(encoder, x, labels, classes) -> float:
+def zero_shot_accuracy(encoder, x, labels, classes) -> float:
+    """Share of images that an image-text model classifies correctly with the 80 prompts."""
     head = zero_shot.class_weights(encoder, classes, templates.PROMPTS)
     scores = encoder.project(encoder.image(x)) @ head.T
     return float((scores.argmax(1) == labels).mean())

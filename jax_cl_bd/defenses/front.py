@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from jax_cl_bd.data import templates
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import encoder as encoders
@@ -11,7 +10,8 @@ LOSSES = (0.01, 0.02, 0.03)  # clean accuracy given up, for the lowest ASR withi
 
 
 def measure(outcome, suspect, data, mesh) -> dict:
-    """Zero-shot figures of the suspect and of every point, on the test set under the protocol.
+    """Figures of the suspect and of every point, on the test set under the protocol: zero-shot,
+    but of points that have a classifier of their own, which answers.
 
     Returns:
         "start": {"clean_accuracy", "attack_success_rate"} of the suspect; "points": rows with these
@@ -19,12 +19,14 @@ def measure(outcome, suspect, data, mesh) -> dict:
         success that loses at most so much clean accuracy, or None}, which takes knowledge of the
         attack and so is nobody's choice.
     """
-    start = _figures(suspect, data)
+    start = _figures(suspect, zero_shot.classifier(suspect, data), data)
     rows = []
     for point in outcome.points:
         variables = _sweep.load(outcome.cfg, point.path)
         encoder = encoders.of_parts(outcome.cfg, variables, mesh, suspect.pair.tokenizer)
-        rows.append(point.row() | _figures(encoder, data))
+        predict = (outcome.classify(variables) if outcome.classify
+                   else zero_shot.classifier(encoder, data))
+        rows.append(point.row() | _figures(encoder, predict, data))
     lowest = {}
     for loss in LOSSES:
         within = [r for r in rows if r["attack_success_rate"] is not None
@@ -33,11 +35,9 @@ def measure(outcome, suspect, data, mesh) -> dict:
     return {"start": start, "points": rows, "lowest": lowest}
 
 
-def _figures(encoder, data) -> dict[str, float | None]:
-    head = zero_shot.class_weights(encoder, data.classes, templates.PROMPTS)
-
+def _figures(encoder, predict, data) -> dict[str, float | None]:
     def answers(name):
-        return (encoder.project(data.features(encoder, name)) @ head.T).argmax(1)
+        return predict(data.features(encoder, name))
 
     others = data.test_labels != data.target
     rate = None

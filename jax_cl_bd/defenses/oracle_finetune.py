@@ -24,7 +24,7 @@ from etils import epath
 from PIL import Image
 
 from jax_cl_bd.data import images, mentions, templates
-from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _pinpoint, _sweep
+from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _pinpoint, _regions, _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
@@ -39,6 +39,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
     _sweep.check(cfg)
     _oracle.check(cfg)
+    _regions.check(cfg.defense.oracle)
     scan, curate = cfg.defense.scan, cfg.defense.curate
     if scan.evidence not in _find_trigger.EVIDENCE:
         raise unknown("defense.scan.evidence", scan.evidence, _find_trigger.EVIDENCE)
@@ -80,15 +81,16 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     # The oracle has never seen the suspect, so one serves victim and control.
     place = (folder.parent if label == "control" else folder) / "oracle"
     ground = _oracle.make(cfg, data.clean, mesh, place, oracle_key)
+    regions = _regions.make(cfg.defense.oracle)
     lap("oracle")
     rng = np.random.default_rng([cfg.seed, len(pool)])
     head = zero_shot.class_weights(suspect, pool.classes, templates.PROMPTS)
     claims = _find_trigger.suspect_of(suspect, head)
-    candidates, counts = _scan(cfg, claims, pool, data.clean, ground, label, rng)
+    candidates, counts = _scan(cfg, claims, pool, data.clean, ground, regions, label, rng)
     lap("find trigger")
     triggers = _verified(cfg, claims, candidates, counts, data.clean, rng)
     lap("verify")
-    found = _victims(cfg, claims, pool, data.clean, triggers, ground, label)
+    found = _victims(cfg, claims, pool, data.clean, triggers, ground, regions, label)
     lap("find victims")
     verdict = _verdict(pool, candidates, counts, triggers, found, cfg.defense.curate.rho)
     if truth is not None:
@@ -114,7 +116,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
 
 
-def _scan(cfg, suspect, pool, clean, ground, label, rng):
+def _scan(cfg, suspect, pool, clean, ground, regions, label, rng):
     """Screens part of the pool with whole images, then looks into those that tell most."""
     scan = cfg.defense.scan
     rows = np.sort(rng.permutation(len(pool))[:scan.screen])
@@ -135,7 +137,7 @@ def _scan(cfg, suspect, pool, clean, ground, label, rng):
     wanted = _find_trigger.claims(p[order], grounded[order], top=scan.top, sure=scan.sure)
     canvases = _canvases(clean, suspect.side)
     found = _find_trigger.scan(suspect, pool, rows[order], wanted, grounded[order], canvases, scan,
-                               progress)
+                               progress, regions)
     progress.close()
     return found
 
@@ -161,7 +163,7 @@ def _rate(trigger, labels):
     return float(trigger.flips[classes].mean()) if classes else 0.0
 
 
-def _victims(cfg, suspect, pool, clean, triggers, ground, label) -> dict[int, int]:
+def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict[int, int]:
     """Rows of the pool that carry a trigger -> the class that the oracle sees there.
 
     Such a pair names the trigger's label while the oracle does not see it, and either a picture of
@@ -190,7 +192,7 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, label) -> dict[int, in
             image = _pictures(pool, [row], suspect.side)[0]
             if _find_trigger.in_image(suspect, image, np.array([trigger.label]), grounded[i],
                                       canvases, sure=scan.sure, confident=scan.confident,
-                                      evidence=scan.evidence):
+                                      evidence=scan.evidence, regions=regions):
                 found[row] = int(grounded[i].argmax())
             progress.update(0, f"{len(found)} victims")
         progress.close()

@@ -1,9 +1,11 @@
 """What every defense gives back."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +15,8 @@ class Outcome:
     variables: {"params": {part: ...}, "batch_stats": {part: ...}} of the repaired model, described
     by `cfg`; of an encoder of images its part "encoder" is enough.
     points: all that a repair tried (_sweep.Point), the chosen one among them.
+    classify: of a repaired model with a classifier of its own, which answers instead of zero-shot:
+    variables -> (features of the encoder [N, D] -> class [N]).
     """
 
     verdict: dict[str, Any]
@@ -20,3 +24,4 @@ class Outcome:
     report: dict[str, Any]
     cfg: ml_collections.ConfigDict | None = None
     points: list = dataclasses.field(default_factory=list)
+    classify: Callable[[Any], Callable[[np.ndarray], np.ndarray]] | None = None

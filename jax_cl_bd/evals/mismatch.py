@@ -15,6 +15,7 @@ import numpy as np
 from jax_cl_bd.data import mentions
 from jax_cl_bd.errors import UserError
 
+TEXT = True  # it needs an image-text model
 AT = (1, 5, 10)
 _BASELINE_SEED = 42
 

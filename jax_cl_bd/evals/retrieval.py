@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_cl_bd.errors import UserError
 
+TEXT = True  # it needs an image-text model
 AT = (1, 5, 10)
 CAPTIONS = 5  # of an image, at most, as in COCO and Flickr30k
 

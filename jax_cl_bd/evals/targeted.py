@@ -10,6 +10,8 @@ from jax_cl_bd.data import templates
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import zero_shot
 
+TEXT = True  # it needs an image-text model
+
 
 def check(cfg, data) -> None:
     """Refuses another attack than targeted_poisoning. Raises UserError."""

@@ -89,6 +89,15 @@ class EvalData:
         """All images of one set, uint8 [N, S, S, 3]."""
         return np.concatenate(list(self._blocks_of(name)))
 
+    def some(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Images of some rows of one set, in their order, uint8 [n, S, S, 3]; holds no others."""
+        order, found, start = np.sort(rows), [], 0
+        for block in self._blocks_of(name):
+            here = order[(order >= start) & (order < start + len(block))]
+            found.append(block[here - start])
+            start += len(block)
+        return np.concatenate(found)[np.argsort(np.argsort(rows))]
+
     def features(self, encoder, name: str) -> np.ndarray:
         """Features [N, D] of one set; kept for the latest encoder only."""
         if encoder is not self._encoder:

@@ -16,6 +16,7 @@ from jax_cl_bd.data import templates
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import attack_metrics
 
+TEXT = True  # it needs an image-text model
 TOP = (3, 5, 10)
 _heads = {}  # id of an encoder that is in use -> {(classes, prompts): class embeddings}
 

@@ -1,6 +1,6 @@
 """The figures of a run as a few lines of text, for the terminal."""
 
-from jax_cl_bd.reporting import differences, words
+from jax_cl_bd.reporting import differences, read, words
 from jax_cl_bd.reporting.read import OF_CONTROL
 
 COLUMNS = (("clean_accuracy", "clean acc"), ("attack_success_rate", "ASR"),
@@ -19,7 +19,8 @@ def text(results: dict) -> str:
         labels[name] = found
         if "control" in found:
             labels[f"{name}{OF_CONTROL}"] = found["control"]
-    probes = [p for p, row in results["victim"].items() if "clean_accuracy" in row]
+    # A repaired encoder may have a row that no other has, of a head of its own.
+    probes = list(dict.fromkeys(name for rows in labels.values() for name in read.probes(rows)))
     width = max(len(name) for name in (*labels, *probes))
     lines = []
     for probe in probes:
