@@ -73,12 +73,12 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
 
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
-           label: str) -> Outcome:
+           label: str, extra: dict | None = None) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
     step of the point chosen, and what it does on the validation images."""
     dataset = PoisonedSet(pairs, texts=texts.of(described(cfg), suspect.pair.tokenizer, pairs))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
-                                  key=key, label=label)
+                                  key=key, label=label, extra=extra)
     chosen = next(p for p in points if p.chosen)
     verdict = {"rate": chosen.rate, "step": chosen.step,
                "validation_accuracy": chosen.validation_accuracy,
@@ -87,12 +87,14 @@ def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: ja
 
 
 def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: jax.Array,
-        label: str) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
+         label: str, extra: dict | None = None
+         ) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
     """Fine-tunes the suspect on the pairs of a data set at every rate, by its pretraining loss with
     defense.in_modality times L_SS.
 
     Args:
-        dataset: PoisonedSet with texts. validation: source with labels.
+        dataset: PoisonedSet with texts. validation: source with labels. extra: what the objective
+            needs besides its own `init_extra`, the same at every rate.
     Returns:
         The chosen variables, the config that describes them, and all points. The chosen model also
         lies in `folder`, where load_encoder finds it.
@@ -107,6 +109,7 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
         place = folder / f"rate_{rate:g}"
         tx, _ = optim.make(_optim(cfg, rate), cfg.defense.steps, 1)
         state = first_state(own, suspect.pair.variables, tx, key)
+        state = state.replace(extra=state.extra | (extra or {}))
         shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda s=state: s))
 
         def look(state, place=place, rate=rate):
