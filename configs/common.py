@@ -223,6 +223,24 @@ def par(*, clean_fraction, validation_split, batch_size, steps, rates):
             "tau": 2.15}
 
 
+def abd(*, clean_fraction, validation_split, batch_size, steps, rates, pgd_steps):
+    """ABD with adversarial views (docs/papers.md); budget, step length and weight not verified."""
+    return {**_swept("abd", clean_fraction, validation_split, batch_size, steps, rates),
+            "in_modality": 1.0, "budget": 8 / 255, "pgd_steps": pgd_steps, "pgd_rate": 0.25}
+
+
+def invertune(*, clean_fraction, validation_split, batch_size, steps, rates, invert_steps):
+    """InverTune with the released weights and sizes (docs/papers.md). `surrogate`: the folder that
+    the universal patch is made on, "" the suspect. The probe's steps and lr are ours."""
+    swept = _swept("invertune", clean_fraction, validation_split, batch_size, steps, rates)
+    return {**swept, "optim": {**swept["optim"], "weight_decay": 0.0, "clip_norm": 1.0},
+            "surrogate": "", "rise": "absolute", "layers": 3, "align": 1.0, "preserve": 0.5,
+            "norm": "train",
+            "probe": dict(share=0.03, margin=14 / 224, steps=200, lr=0.05, batch_size=64),
+            "invert": dict(steps=invert_steps, lr=0.01, batch_size=64, class_weight=5.0,
+                           embedding_weight=0.5, ssim_weight=1.0, mask_weight=0.01)}
+
+
 def norm_only(*, clean_fraction, batch_size, steps):
     """The batch norm of the fine-tuning repairs without their gradient (docs/papers.md)."""
     return dict(name="norm_only", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps)
@@ -338,6 +356,11 @@ def debug(cfg):
         cfg.defense.update({name: tiny[name] for name in tiny if name in cfg.defense})
     if "rates" in cfg.defense:
         cfg.defense.update(rates=cfg.defense.rates[:1], points=2)
+    if "pgd_steps" in cfg.defense:
+        cfg.defense.pgd_steps = 2
+    for name in ("probe", "invert"):
+        if name in cfg.defense:
+            cfg.defense[name].update(steps=2, batch_size=16)
     if "oracle" in cfg.defense:
         cfg.defense.oracle.steps = 2
     if "action" in cfg.defense:

@@ -7,7 +7,8 @@ norms and the logit scale (CLIP); schedule "cosine" | "step" | "constant" | "war
 per_epoch: the schedule moves once per epoch; warmup_steps: the first steps are multiplied by (step
 + 1) / warmup_steps, without shifting the schedule but in "warmup_cosine", whose cosine begins after
 them (CLIP's usual schedule); milestones: fractions of all steps at which "step" multiplies by
-decay; constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor).
+decay; constant_lr_modules: parts of the model whose rate is lr throughout (SimSiam's predictor);
+clip_norm (optional): gradients longer than that, all parts together, are scaled down to it.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,15 @@ def make(cfg, total_steps: int, steps_per_epoch: int
     """
     _check(cfg, total_steps, steps_per_epoch)
     schedule = make_schedule(cfg, total_steps, steps_per_epoch)
+    tx = _partitioned(cfg, schedule)
+    if cfg.get("clip_norm"):
+        tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
+    return tx, schedule
+
+
+def _partitioned(cfg, schedule):
     if not cfg.constant_lr_modules:
-        return _transform(cfg, schedule), schedule
+        return _transform(cfg, schedule)
     constant = frozenset(cfg.constant_lr_modules)
 
     def labels(params):
@@ -44,7 +52,7 @@ def make(cfg, total_steps: int, steps_per_epoch: int
         return {part: "constant" if part in constant else "scheduled" for part in params}
 
     parts = {"scheduled": _transform(cfg, schedule), "constant": _transform(cfg, cfg.lr)}
-    return optax.partition(parts, labels), schedule
+    return optax.partition(parts, labels)
 
 
 def make_schedule(cfg, total_steps: int, steps_per_epoch: int) -> Callable:
@@ -107,6 +115,8 @@ def _check(cfg, total_steps, steps_per_epoch):
         raise UserError(f"optim.lr = {cfg.lr} must be positive; optim.weight_decay = "
                         f"{cfg.weight_decay} and optim.warmup_steps = {cfg.warmup_steps} must "
                         "not be negative")
+    if cfg.get("clip_norm", 0) < 0:
+        raise UserError(f"optim.clip_norm = {cfg.clip_norm} must be positive, or 0 for no clipping")
     if not all(0 <= m <= 1 for m in cfg.milestones):
         raise UserError(f"optim.milestones = {tuple(cfg.milestones)}: fractions of all steps, "
                         "each between 0 and 1")

@@ -103,6 +103,17 @@ def test_constant_rate_of_one_part():
                                rtol=1e-5, atol=1e-6)
 
 
+def test_a_long_gradient_is_scaled_down_before_all_else():
+    """The norm is of both parts together, each with this gradient."""
+    grads, start = problem()
+    got = run(config(clip_norm=2.0), grads, start)
+    lengths = np.sqrt(2) * np.linalg.norm(grads, axis=1)
+    assert (lengths > 2).any() and (lengths < 2).any()
+    clipped = grads * np.minimum(1, 2 / lengths)[:, None]
+    np.testing.assert_allclose(got["encoder"], sgd(clipped, start, cosine(range(12)), 0.9, 0.01),
+                               rtol=1e-5, atol=1e-6)
+
+
 def test_a_part_that_is_not_there():
     tx, _ = optim.make(config(constant_lr_modules=("predicter",)), 20, 5)
     with pytest.raises(UserError, match="predicter.*did you mean 'predictor'"):

@@ -74,12 +74,12 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
 
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
-           label: str) -> Outcome:
+           label: str, extra: dict | None = None) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
     step of the point chosen, and what it does on the validation images."""
     dataset = PoisonedSet(pairs, texts=texts.of(described(cfg), suspect.pair.tokenizer, pairs))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
-                                  key=key, label=label)
+                                  key=key, label=label, extra=extra)
     return outcome_of(variables, own, points)
 
 
@@ -93,12 +93,14 @@ def outcome_of(variables, own, points: list[Point]) -> Outcome:
 
 
 def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: jax.Array,
-        label: str) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
+         label: str, extra: dict | None = None
+         ) -> tuple[dict, ml_collections.ConfigDict, list[Point]]:
     """Fine-tunes the suspect on the pairs of a data set at every rate, by its pretraining loss with
     defense.in_modality times L_SS.
 
     Args:
-        dataset: PoisonedSet with texts. validation: source with labels.
+        dataset: PoisonedSet with texts. validation: source with labels. extra: what the objective
+            needs besides its own `init_extra`, the same at every rate.
     Returns:
         The chosen variables, the config that describes them, and all points. The chosen model also
         lies in `folder`, where load_encoder finds it.
@@ -110,8 +112,11 @@ def tune(cfg, suspect, dataset, validation, *, mesh, folder: epath.Path, key: ja
         repaired = encoders.of_parts(own, variables, mesh, suspect.pair.tokenizer)
         return zero_shot_accuracy(repaired, x, truth, validation.classes)
 
-    return train(cfg, own, suspect, feed.make(own, dataset),
-                 first=lambda tx: first_state(own, suspect.pair.variables, tx, key),
+    def first(tx):
+        state = first_state(own, suspect.pair.variables, tx, key)
+        return state.replace(extra=state.extra | (extra or {}))
+
+    return train(cfg, own, suspect, feed.make(own, dataset), first=first,
                  make_step=lambda tx: training.make_step(own, tx, cfg.defense.steps),
                  accuracy=accuracy,
                  before=zero_shot_accuracy(suspect, x, truth, validation.classes),

@@ -17,6 +17,8 @@ from 1e-3 at once, not after 10 steps. The threshold 0.1 is not from the paper's
 on clean encoders.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -28,7 +30,6 @@ from PIL import Image
 from jax_cl_bd.data import images
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import parts
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 from jax_cl_bd.triggers import optimize
 
@@ -72,8 +73,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     marks = {round(d.steps * share): rate for share, rate in zip(d.milestones, (0.2, 0.5))}
     tx = optax.adam(optax.piecewise_constant_schedule(d.lr, marks), b1=0.5, b2=0.9)
     found, losses = optimize.minimise(
-        _loss(suspect), first, _batches(len(x), d.batch_size, rng), steps=d.steps, tx=tx,
-        key=run_key, data={"images": x, "variables": _variables(suspect)},
+        _loss(suspect), first, batches(len(x), d.batch_size, rng), steps=d.steps, tx=tx,
+        key=run_key, data={"images": x, "variables": variables_of(suspect)},
         control=(_first_state(side), _controller(d.lambda_min)),
         label=f"invert trigger of {label}")
     best = float(found["best"])
@@ -82,7 +83,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     mask, pattern = np.asarray(found["mask"]), np.asarray(found["pattern"])
     pictures = {}
     if share is not None:
-        _draw(folder / "inverted.png", mask, pattern)
+        draw(folder / "inverted.png", mask, pattern)
         pictures = {"inverted.png": "The smallest patch found that makes all images of the encoder "
                                     "alike: its pattern on black, weighed by its mask."}
     verdict = {"backdoored": share is not None and share < d.threshold, "pl1": share,
@@ -99,27 +100,28 @@ def shown(raw: jax.Array) -> jax.Array:
     return jnp.tanh(raw) / (2 - _EPS) + 0.5
 
 
-def _variables(suspect):
+def variables_of(suspect) -> dict:
+    """What `embed` takes: of the whole pair, or of an encoder of images alone."""
     return suspect.pair.variables if suspect.pair else suspect.variables
+
+
+def embed(suspect, variables: dict, x: jax.Array) -> jax.Array:
+    """Embeds normalised images [N, S, S, 3], in the shared space if there is one; differentiable.
+    The variables are an argument: closed over, they would be constants of the program."""
+    if suspect.pair is None:
+        return suspect.module.apply(variables, x, train=False)
+    return dataclasses.replace(suspect.pair, variables=variables).image_embedding(x)
 
 
 def _loss(suspect):
     """Gives loss(params, data, batch, key, state) -> value, {"cosine", "share"}."""
     mean, std = np.float32(suspect.mean), np.float32(suspect.std)
 
-    def embed(variables, x):
-        if suspect.pair is None:
-            return suspect.module.apply(variables, x, train=False)
-        apply_fns = parts.make_apply_fns(dict(suspect.pair.modules))
-        for name in ("encoder", "image_projection"):
-            if name in apply_fns:
-                x, _ = apply_fns[name](variables, x, False)
-        return x
-
     def loss(params, data, batch, key, state):
         mask, pattern = shown(params["mask"]), shown(params["pattern"])
         x = data["images"][batch].astype(jnp.float32) / 255
-        z = normalise(embed(data["variables"], ((1 - mask) * x + mask * pattern - mean) / std))
+        patched = (1 - mask) * x + mask * pattern
+        z = normalise(embed(suspect, data["variables"], (patched - mean) / std))
         n = len(z)
         gram = jnp.matmul(z, z.T, precision=EXACT)
         cosine = (gram.sum() - jnp.trace(gram)) / (n * (n - 1))
@@ -156,15 +158,16 @@ def _controller(lambda_min: float):
     return update
 
 
-def _batches(count, size, rng):
+def batches(count, size, rng):
+    """Yields row numbers, int32 [size], epoch after epoch; what fills no batch is dropped."""
     while True:
         order = rng.permutation(count)
         for start in range(0, count - size + 1, size):
             yield order[start:start + size].astype(np.int32)
 
 
-def _draw(path, mask, pattern):
-    image = Image.fromarray(np.rint(255 * mask * pattern).astype(np.uint8))
-    side = _SHOWN * mask.shape[0]
+def draw(path: epath.Path, mask: np.ndarray, pattern: np.ndarray, times: int = _SHOWN) -> None:
+    """Draws a pattern in [0, 1] on black, weighed by its mask, enlarged `times`."""
+    shown = np.rint(255 * mask * pattern).astype(np.uint8).repeat(times, 0).repeat(times, 1)
     with path.open("wb") as file:
-        image.resize((side, side), Image.Resampling.NEAREST).save(file, "PNG")
+        Image.fromarray(shown).save(file, "PNG")

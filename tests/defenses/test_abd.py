@@ -1,0 +1,71 @@
+"""ABD as a defense: adversarial views and EDA captions on the sweep, blind to the truth."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import clip_scenes
+from jax_cl_bd import defend, parallel
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import sources, texts
+from jax_cl_bd.defenses import abd
+from jax_cl_bd.defenses.given import Given, Truth
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import encoder
+from jax_cl_bd.objectives import training
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    cfg = clip_scenes.get_config("debug,defense=abd")
+    cfg.data.scenes_train = 40
+    cfg.mesh.data = 1
+    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
+    return cfg
+
+
+def repaired(cfg, folder, truth=None):
+    mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
+    suspect = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
+                               texts.make_tokenizer(cfg, source))
+    return abd.run(cfg, [suspect], Given(source, defend.validation(cfg)), truth, mesh,
+                   epath.Path(folder), jax.random.key(0))
+
+
+def lines(folder):
+    text = (folder / "rate_0.0003" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_sees_adversarial_views_and_the_truth_changes_nothing(cfg, tmp_path):
+    known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
+    blind = repaired(cfg, tmp_path / "blind")
+    assert known.verdict == blind.verdict and known.verdict["clean_pairs"] == 40
+    jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
+    reached = [line["train/adversarial_cosine"] for line in lines(tmp_path / "known")
+               if "train/adversarial_cosine" in line]
+    assert len(reached) == 2 and all(-1 < r < 1 - 1e-4 for r in reached)
+    again = repaired(cfg, tmp_path / "known")  # computes nothing anew
+    assert again.verdict == known.verdict
+    assert len(lines(tmp_path / "known")) == len(lines(tmp_path / "blind"))
+    jax.tree.map(np.testing.assert_array_equal, again.variables, known.variables)
+
+
+def test_other_models_and_bad_settings_are_refused(cfg):
+    abd.check(cfg, 40)
+    for changes, says in (({"budget": 2.0}, "budget"), ({"pgd_steps": 0}, "pgd_steps"),
+                          ({"in_modality": 0.0}, "in_modality")):
+        mine = ConfigDict(cfg.to_dict())
+        mine.defense.update(changes)
+        with pytest.raises(UserError, match=says):
+            abd.check(mine, 40)
+    mine = ConfigDict(cfg.to_dict())
+    mine.objective.name = "siglip"
+    with pytest.raises(UserError, match="'clip'"):
+        abd.check(mine, 40)
+    with pytest.raises(UserError, match="one batch"):
+        abd.check(cfg, 8)
