@@ -7,9 +7,9 @@ reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fr
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold),
-defense=none|fine_tune|retrain|oracle_finetune|clean_clip|par|norm_only|oracle_filter|decree|
-density|cosine_filter (the last three only say what they suspect), oracle=ground_truth|classifier
-(of the two that have one), target=CLASS, seed=N.
+defense=none|fine_tune|retrain|oracle_finetune|clean_clip|cleaner_clip|par|ubt|norm_only|
+oracle_filter|decree|density|cosine_filter (the last three only say what they suspect),
+oracle=ground_truth|classifier (of the two that have one), target=CLASS, seed=N.
 docs/results.md has times and numbers, of small_resnet.
 
 The attacks without a trigger have counts near the literature's, and no more than that: `targeted`
@@ -91,7 +91,9 @@ def get_config(arg=""):
             density=common.density(clean_fraction=0.25),
             cosine_filter=common.cosine_filter(clean_fraction=0.25),
             clean_clip=common.clean_clip(**sweep),
+            cleaner_clip=common.cleaner_clip(**sweep),
             par=common.par(**sweep),
+            ubt=common.ubt(**sweep),
             norm_only=common.norm_only(clean_fraction=0.25, batch_size=64, steps=100),
             oracle_filter=common.oracle_filter(**sweep, oracle=a["oracle"]),
             oracle_finetune=common.oracle_finetune(**sweep, oracle=a["oracle"]))))

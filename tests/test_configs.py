@@ -24,6 +24,7 @@ VARIANTS = {
     "clip_scenes": ["defense=fine_tune", "defense=oracle_finetune", "defense=clean_clip",
                     "defense=norm_only", "defense=oracle_filter", "defense=density",
                     "defense=cosine_filter", "defense=decree", "defense=par",
+                    "defense=cleaner_clip", "defense=ubt",
                     "blended,objective=siglip", "optimized_patch",
                     "mismatched,defense=retrain", "targeted", "tower=clip_resnet",
                     "tower=vit", "tower=vit,objective=siglip"],

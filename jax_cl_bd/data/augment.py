@@ -33,7 +33,8 @@ def views(cfg, data: dict, batch: dict, key: jax.Array) -> dict[str, jax.Array]:
         key: already folded with the step.
     Returns:
         {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}. With captions
-        also "tokens": int32 [B, T], one of the row's, and perhaps "tokens2", its augmented twin.
+        also "tokens": int32 [B, T], one of the row's, and what was made of it: perhaps "tokens2",
+        its augmented twin, and other arrays whose names begin with "tokens" (data/texts.py).
     """
     mean, std, kernel = cfg.data.mean, cfg.data.std, cfg.augment.interpolation
     recipes = cfg.augment.view1, cfg.augment.view2
@@ -132,13 +133,13 @@ def resample_box(image: jax.Array, box: jax.Array, side: int, *, flip: jax.Array
 
 
 def _captions(row, keys):
-    """Chooses one of the captions of each row; both token arrays follow the one choice."""
+    """Chooses one of the captions of each row; all token arrays follow the one choice."""
     if "tokens" not in row:
         return {}
     u = jax.vmap(jax.random.uniform)(keys)
     chosen = jnp.minimum((u * row["count"]).astype(jnp.int32), row["count"] - 1)
     return {name: jnp.take_along_axis(row[name], chosen[:, None, None], axis=1)[:, 0]
-            for name in ("tokens", "tokens2") if name in row}
+            for name in row if name.startswith("tokens")}
 
 
 def _jitter(recipe, x, u):

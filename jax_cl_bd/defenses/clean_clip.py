@@ -55,11 +55,17 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         The verdict {"clean_pairs", "rate", "step"} with the model and all points of the sweep.
     """
     del truth
-    clean, label = data.clean, "control" if folder.name == "control" else "victim"
-    if cfg.defense.pairs:
-        rng = np.random.default_rng([_SEED, cfg.seed])
-        clean = sources.Subset(clean, np.sort(rng.permutation(len(clean))[:cfg.defense.pairs]))
+    label = "control" if folder.name == "control" else "victim"
+    clean = drawn(cfg, data.clean)
     repaired = _sweep.repair(cfg, victims[0], clean, data.validation, mesh=mesh, folder=folder,
                              key=key, label=f"clean {label}")
     return dataclasses.replace(repaired,
                                verdict={"clean_pairs": len(clean), **repaired.verdict})
+
+
+def drawn(cfg, clean):
+    """The `defense.pairs` clean pairs that are trained on (0: all), by cfg.seed."""
+    if not cfg.defense.pairs:
+        return clean
+    rng = np.random.default_rng([_SEED, cfg.seed])
+    return sources.Subset(clean, np.sort(rng.permutation(len(clean))[:cfg.defense.pairs]))
