@@ -102,10 +102,12 @@ def get_config(arg=""):
             cosine_filter=common.cosine_filter(clean_fraction=0.25),
             bdetclip=common.bdetclip(clean_fraction=0.25, validation_split="validation"),
             clean_clip=common.clean_clip(**sweep),
+            cleaner_clip=common.cleaner_clip(**sweep),
             par=common.par(**sweep),
             supervised=common.supervised(**sweep),
             abd=common.abd(**sweep, pgd_steps=5),  # for time; the literature's usual 10
             invertune=common.invertune(**sweep, invert_steps=1000),
+            ubt=common.ubt(**sweep),
             norm_only=common.norm_only(clean_fraction=0.25, batch_size=64, steps=100),
             oracle_filter=common.oracle_filter(**sweep, oracle=a["oracle"]),
             oracle_finetune=common.oracle_finetune(**sweep, oracle=a["oracle"]))))

@@ -241,6 +241,22 @@ def invertune(*, clean_fraction, validation_split, batch_size, steps, rates, inv
                            embedding_weight=0.5, ssim_weight=1.0, mask_weight=0.01)}
 
 
+def cleaner_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """CleanerCLIP, TA-Cleaner (docs/papers.md): CleanCLIP with sub-captions; their weight and their
+    number are ours."""
+    return {**clean_clip(clean_fraction=clean_fraction, validation_split=validation_split,
+                         batch_size=batch_size, steps=steps, rates=rates),
+            "name": "cleaner_clip", "align": 1.0, "negatives": 4}
+
+
+def ubt(*, clean_fraction, validation_split, batch_size, steps, rates):
+    """UBT (docs/papers.md), reconstructed: every number here is ours."""
+    return {**_swept("ubt", clean_fraction, validation_split, batch_size, steps, rates),
+            "overfit": dict(fraction=0.1, steps=100, lr=1e-4, objective="pull_together"),
+            "suspects": 100, "clean_looking": 0.5, "bad_share": 0.25, "weight": 1.0, "tokens": 2,
+            "floor": "strangers", "ascend": "tokens"}
+
+
 def norm_only(*, clean_fraction, batch_size, steps):
     """The batch norm of the fine-tuning repairs without their gradient (docs/papers.md)."""
     return dict(name="norm_only", clean_fraction=clean_fraction, batch_size=batch_size, steps=steps)
@@ -363,6 +379,9 @@ def debug(cfg):
             cfg.defense[name].update(steps=2, batch_size=16)
     if "oracle" in cfg.defense:
         cfg.defense.oracle.steps = 2
+    if "overfit" in cfg.defense:
+        cfg.defense.overfit.steps = 2
+        cfg.defense.suspects = 20
     if "action" in cfg.defense:
         cfg.defense.sure = 0.01  # an oracle of 2 steps is sure of nothing
     if "scan" in cfg.defense:

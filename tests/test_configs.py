@@ -26,6 +26,7 @@ VARIANTS = {
                     "defense=cosine_filter", "defense=decree", "defense=par",
                     "defense=supervised", "defense=bdetclip", "defense=abd",
                     "defense=invertune",
+                    "defense=cleaner_clip", "defense=ubt",
                     "blended,objective=siglip", "optimized_patch",
                     "adaptive=all", "adaptive=several",
                     "mismatched,defense=retrain", "targeted", "tower=clip_resnet",

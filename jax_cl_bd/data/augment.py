@@ -35,8 +35,8 @@ def views(cfg, data: dict, batch: dict, key: jax.Array,
         recipes: the names in cfg.augment by which view 1 and view 2 are drawn.
     Returns:
         {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}. With captions
-        also "tokens": int32 [B, T], one of the row's, and perhaps "tokens2" and "tokens3", its
-        augmented twins.
+        also "tokens": int32 [B, T], one of the row's, and what was made of it: perhaps "tokens2"
+        and "tokens3", augmented twins, and other arrays whose names begin with "tokens" (data/texts.py).
     """
     mean, std, kernel = cfg.data.mean, cfg.data.std, cfg.augment.interpolation
     index = batch["index"]
@@ -148,13 +148,13 @@ def resample_box(image: jax.Array, box: jax.Array, side: int, *, flip: jax.Array
 
 
 def _captions(row, keys):
-    """Chooses one of the captions of each row; both token arrays follow the one choice."""
+    """Chooses one of the captions of each row; all token arrays follow the one choice."""
     if "tokens" not in row:
         return {}
     u = jax.vmap(jax.random.uniform)(keys)
     chosen = jnp.minimum((u * row["count"]).astype(jnp.int32), row["count"] - 1)
     return {name: jnp.take_along_axis(row[name], chosen[:, None, None], axis=1)[:, 0]
-            for name in ("tokens", "tokens2", "tokens3") if name in row}
+            for name in row if name.startswith("tokens")}
 
 
 def _jitter(recipe, x, u):

@@ -6,6 +6,7 @@ every caption has an augmented twin, drawn once (CleanCLIP: when its data set ob
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,7 @@ from jax_cl_bd.errors import UserError, unknown
 
 TRAINED_ON = 200_000  # captions, at most, that a tokenizer is trained on
 AUGMENTS = ("none", "eda", "eda_twice")  # at n: n augmented twins
+_DERIVE_SEED = 1603  # with the row and the number of the caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +30,24 @@ class Texts:
         context: T, tokens per caption.
         per_row: K, captions kept of a row.
         augmented: how many augmented twins a caption has, `tokens2` and `tokens3`.
+        derive: further texts of a caption, a picklable (caption, rng) -> {"tokens_...": texts}, a
+            fixed number under each name, or {} where there are none; see data/sub_captions.py. Or
+            None. They are drawn once, as the augmented ones are.
+        derived: (("tokens_...", how many), ...), the names that `derive` gives.
     """
     source: object
     tokenizer: tokenizers.Tokenizer
     context: int
     per_row: int
     augmented: int = 0
+    derive: Callable | None = None
+    derived: tuple[tuple[str, int], ...] = ()
 
     def of_rows(self, rows) -> dict[str, np.ndarray]:
-        """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}."""
+        """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}.
+
+        Of m derived texts: int32 [N, K, m T], one behind the other, zeros where there are none.
+        """
         rows = np.asarray(rows, np.int64)
         return self._encode(self.source.captions(rows), rows)
 
@@ -63,8 +74,26 @@ class Texts:
             made[f"tokens{2 + twin}"] = self._tokens([
                 [captions.eda(text, np.random.default_rng([captions.EDA_SEED, int(row), j, *more]))
                  for j, text in enumerate(found)] for row, found in zip(rows, lists)])
+        if self.derive is not None:
+            made |= self._derived(lists, rows)
         made["count"] = np.array([len(found) for found in lists], np.int32)
         return made
+
+    def _derived(self, lists, rows):
+        out = {name: np.zeros((len(lists), self.per_row, many * self.context), np.int32)
+               for name, many in self.derived}
+        where, texts = [], {name: [] for name in out}
+        for i, (row, found) in enumerate(zip(rows, lists)):
+            for j, text in enumerate(found):
+                made = self.derive(text, np.random.default_rng([_DERIVE_SEED, int(row), j]))
+                where += [(i, j)] if made else []
+                for name, given in made.items():
+                    texts[name] += given
+        if where:
+            for name, array in out.items():
+                tokens = self.tokenizer.encode(texts[name], self.context)
+                array[tuple(np.array(where).T)] = tokens.reshape(len(where), -1)
+        return out
 
     def _tokens(self, lists):
         out = np.zeros((len(lists), self.per_row, self.context), np.int32)
@@ -115,7 +144,7 @@ def load(cfg, folder: epath.Path, source) -> Texts | None:
 
 
 def of(cfg, tokenizer: tokenizers.Tokenizer, source) -> Texts:
-    """The captions of a source by a given tokenizer."""
+    """The captions of a source by a given tokenizer; nothing is derived from them."""
     per_row = cfg.data.captions_per_row or max(map(len, source.captions(np.arange(len(source)))))
     return Texts(source, tokenizer, cfg.text.context, per_row,
                  AUGMENTS.index(cfg.data.text_augment))

@@ -28,6 +28,7 @@ from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.objectives import training
 
 _SEED = 7937  # of the draw of pairs, beside cfg.seed
 
@@ -60,14 +61,19 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         The verdict {"clean_pairs", "rate", "step"} with the model and all points of the sweep.
     """
     del truth
-    clean, label = data.clean, "control" if folder.name == "control" else "victim"
-    if cfg.defense.pairs:
-        rng = np.random.default_rng([_SEED, cfg.seed])
-        clean = sources.Subset(clean, np.sort(rng.permutation(len(clean))[:cfg.defense.pairs]))
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    label = "control" if folder.name == "control" else "victim"
+    clean, own = drawn(cfg, data.clean), training.plain(cfg)
     if not cfg.defense.cross_modal:
         own.objective.name = "unimodal"
     repaired = _sweep.repair(own, victims[0], clean, data.validation, mesh=mesh, folder=folder,
                              key=key, label=f"clean {label}")
     return dataclasses.replace(repaired,
                                verdict={"clean_pairs": len(clean), **repaired.verdict})
+
+
+def drawn(cfg, clean):
+    """The `defense.pairs` clean pairs that are trained on (0: all), by cfg.seed."""
+    if not cfg.defense.pairs:
+        return clean
+    rng = np.random.default_rng([_SEED, cfg.seed])
+    return sources.Subset(clean, np.sort(rng.permutation(len(clean))[:cfg.defense.pairs]))

@@ -74,8 +74,13 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def smallest_cosines(model, source, label: str) -> np.ndarray:
-    """The smallest cosine of each row's image and its captions, float32 [n], under an image-text
-    model."""
+    """The smallest cosine of each row's image and its captions, float32 [n], see `cosines`."""
+    return np.array([found.min() for found in cosines(model, source, label)], np.float32)
+
+
+def cosines(model, source, label: str) -> list[np.ndarray]:
+    """The cosines of each row's image and its captions ("" where it has none), under an image-text
+    model; `label` stands before the progress."""
     found = []
     for items, shown in _detection.blocks(source, model.image_size, label):
         z = model.project(model.image(shown))
@@ -83,6 +88,5 @@ def smallest_cosines(model, source, label: str) -> np.ndarray:
         column = {text: j for j, text in enumerate(dict.fromkeys(
             text for own in texts for text in own))}
         z_text = model.text(list(column))
-        found += [(z_text[[column[text] for text in own]] @ z[i]).min()
-                  for i, own in enumerate(texts)]
-    return np.array(found, np.float32)
+        found += [z_text[[column[text] for text in own]] @ z[i] for i, own in enumerate(texts)]
+    return found

@@ -21,6 +21,9 @@ class TextTransformer(nn.Module):
     OpenAI's code, equal to "end" where `end` is the highest id) or the last (pool "last"), or
     `length` - 1 if a length is given. An id outside the vocabulary gives NaN.
 
+    `embeddings` [N, T, width], where given, stand in for the table's rows of the tokens, so that
+    one can differentiate by them; the tokens then only say where a text ends.
+
     Attributes:
         context: the most tokens T of a text.
         end: id of the token that ends every text.
@@ -42,9 +45,9 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool,
-                 length: jax.Array | None = None) -> jax.Array:
-        # tokens: [N, T]; length: [N]
+    def __call__(self, tokens: jax.Array, train: bool, length: jax.Array | None = None,
+                 embeddings: jax.Array | None = None) -> jax.Array:
+        # tokens: [N, T]; length: [N]; embeddings: [N, T, width]
         if tokens.shape[1] > self.context:
             raise UserError(f"texts of {tokens.shape[1]} tokens, but text.context = "
                             f"{self.context}; cut them or raise it")
@@ -53,7 +56,8 @@ class TextTransformer(nn.Module):
         places = self.param("position_embedding", normal(0.01), (self.context, self.width),
                             jnp.float32)
         # take, not table[tokens]: that would clamp an id of another vocabulary without a word.
-        x = jnp.take(table, tokens, axis=0) + places[:tokens.shape[1]]
+        x = jnp.take(table, tokens, axis=0) if embeddings is None else embeddings
+        x = x + places[:tokens.shape[1]]
         x = transformer.blocks(x.astype(self.dtype), self, causal=self.causal)
         if length is not None:
             at = length - 1

@@ -177,3 +177,18 @@ def test_wrong_settings(change, told):
 def test_too_long_a_text():
     with pytest.raises(UserError, match="9 tokens.*text.context = 8"):
         run(random_params(), tokens(length=9))
+
+
+def test_embeddings_stand_in_for_the_table_and_can_be_differentiated_by():
+    params, t = random_params(), tokens()
+    module = text.build(config())
+    rows = params["token_embedding"][t]
+
+    @jax.jit
+    def run_on(e):
+        return module.apply({"params": params}, t, train=False, embeddings=e)
+
+    np.testing.assert_array_equal(run_on(rows), run(params, t))
+    grad = np.asarray(jax.jit(jax.grad(lambda e: jnp.square(run_on(e)[1]).sum()))(rows))
+    reads = np.abs(grad).max(-1)  # the second text ends at 5 and is causal
+    assert (reads[1, :6] > 0).all() and not reads[1, 6:].any() and not reads[[0, 2]].any()
