@@ -244,9 +244,8 @@ def invertune(*, clean_fraction, validation_split, batch_size, steps, rates, inv
 def cleaner_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
     """CleanerCLIP, TA-Cleaner (docs/papers.md): CleanCLIP with sub-captions; their weight and their
     number are ours."""
-    return {**clean_clip(clean_fraction=clean_fraction, validation_split=validation_split,
-                         batch_size=batch_size, steps=steps, rates=rates),
-            "name": "cleaner_clip", "align": 1.0, "negatives": 4}
+    return {**_swept("cleaner_clip", clean_fraction, validation_split, batch_size, steps, rates),
+            "in_modality": 1.0, "pairs": 0, "align": 1.0, "negatives": 4}
 
 
 def ubt(*, clean_fraction, validation_split, batch_size, steps, rates):

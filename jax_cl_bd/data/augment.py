@@ -36,7 +36,8 @@ def views(cfg, data: dict, batch: dict, key: jax.Array,
     Returns:
         {"view1", "view2": float32 [B, S, S, 3], normalised; "index": int32 [B]}. With captions
         also "tokens": int32 [B, T], one of the row's, and what was made of it: perhaps "tokens2"
-        and "tokens3", augmented twins, and other arrays whose names begin with "tokens" (data/texts.py).
+        and "tokens3", augmented twins, and other arrays whose names begin with "tokens"
+        (data/texts.py).
     """
     mean, std, kernel = cfg.data.mean, cfg.data.std, cfg.augment.interpolation
     index = batch["index"]

@@ -12,7 +12,7 @@ from etils import epath
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import abd
+from jax_cl_bd.objectives import abd, training
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -25,7 +25,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             pairs than one batch.
     """
     _sweep.check(cfg)
-    if cfg.objective.name != "clip":
+    if training.plain(cfg).objective.name != "clip":
         raise UserError("defense abd is for models pretrained with objective 'clip'; this one has "
                         f"{cfg.objective.name!r}")
     abd.heads(_sweep.described(_described(cfg)).objective)
@@ -48,6 +48,6 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own, d = ml_collections.ConfigDict(cfg.to_dict()), cfg.defense
+    own, d = training.plain(cfg), cfg.defense
     own.objective.update(name="abd", budget=d.budget, pgd_steps=d.pgd_steps, pgd_rate=d.pgd_rate)
     return own

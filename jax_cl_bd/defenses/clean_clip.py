@@ -43,7 +43,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """
     _sweep.check(cfg)
     d = cfg.defense
-    if not d.cross_modal and d.in_modality <= 0:
+    if not d.get("cross_modal", True) and d.in_modality <= 0:  # cleaner_clip has no such field
         raise UserError(f"defense.cross_modal=False and in_modality={d.in_modality} leave no loss; "
                         "set one of them")
     if not 0 <= d.pairs <= clean:

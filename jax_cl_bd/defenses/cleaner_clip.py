@@ -19,7 +19,7 @@ from jax_cl_bd.data.sub_captions import SubCaptions, spelt, subject
 from jax_cl_bd.defenses import _sweep, clean_clip
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import cleaner_clip
+from jax_cl_bd.objectives import cleaner_clip, training
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -32,7 +32,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             not CLIP's, fewer than two class names.
     """
     clean_clip.check(cfg, clean)
-    if cfg.objective.name != "clip":
+    if training.plain(cfg).objective.name != "clip":
         raise UserError("defense cleaner_clip is for models pretrained with objective 'clip'; this "
                         f"one has {cfg.objective.name!r}")
     cleaner_clip.heads(_described(cfg).objective)
@@ -63,7 +63,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own = ml_collections.ConfigDict(cfg.to_dict())
+    own = training.plain(cfg)
     own.objective.update(name="cleaner_clip", align=cfg.defense.align,
                          negatives=cfg.defense.negatives)
     return own

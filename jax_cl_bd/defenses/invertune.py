@@ -48,7 +48,7 @@ from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import activations, weights_file
 from jax_cl_bd.models import encoder as encoders
-from jax_cl_bd.objectives import invertune
+from jax_cl_bd.objectives import invertune, training
 
 NEEDS_LABELS = True  # of the validation images and the clean ones
 RISES = ("absolute", "relative")
@@ -215,6 +215,6 @@ def _draw(folder, suspect, x, trigger, name, probe) -> dict[str, str]:
 
 
 def _described(cfg):
-    own, d = ml_collections.ConfigDict(cfg.to_dict()), cfg.defense
+    own, d = training.plain(cfg), cfg.defense
     own.objective.update(name="invertune", align=d.align, preserve=d.preserve, norm=d.norm)
     return own

@@ -54,7 +54,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     del clean
     _sweep.check(cfg)
     d = cfg.defense
-    if cfg.objective.name != "clip":
+    if training.plain(cfg).objective.name != "clip":
         raise UserError("defense ubt is for models pretrained with objective 'clip'; this one has "
                         f"{cfg.objective.name!r}")
     unlearn_tokens.heads(_described(cfg, 0, ()).objective)
@@ -159,7 +159,7 @@ def _score(poisoned, bad):
 
 
 def _described(cfg, first_bad, special):
-    d, own = cfg.defense, ml_collections.ConfigDict(cfg.to_dict())
+    d, own = cfg.defense, training.plain(cfg)
     own.objective.update(name="unlearn_tokens", first_bad=first_bad, weight=d.weight,
                          tokens=d.tokens, floor=d.floor, ascend=d.ascend, special=special)
     own.objective.in_modality = float(d.in_modality)
