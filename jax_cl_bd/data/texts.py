@@ -29,10 +29,9 @@ class Texts:
         context: T, tokens per caption.
         per_row: K, captions kept of a row.
         augmented: also makes `tokens2`, the augmented captions.
-        derive: further texts of a caption, a picklable (caption, rng) -> {"tokens_...": texts}, a
-            fixed number under each name, or {} where there are none; see data/sub_captions.py. Or
-            None. They are drawn once, as the augmented ones are.
-        derived: (("tokens_...", how many), ...), the names that `derive` gives.
+        derive: makes further texts of a caption, drawn once as the augmented ones are, or None. A
+            picklable (caption, rng) -> {"tokens_...": texts}, {} where there are none, whose
+            `names` are (("tokens_...", how many texts), ...); see data/sub_captions.py.
     """
     source: object
     tokenizer: tokenizers.Tokenizer
@@ -40,7 +39,6 @@ class Texts:
     per_row: int
     augmented: bool = False
     derive: Callable | None = None
-    derived: tuple[tuple[str, int], ...] = ()
 
     def of_rows(self, rows) -> dict[str, np.ndarray]:
         """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}.
@@ -79,7 +77,7 @@ class Texts:
 
     def _derived(self, lists, rows):
         out = {name: np.zeros((len(lists), self.per_row, many * self.context), np.int32)
-               for name, many in self.derived}
+               for name, many in self.derive.names}
         where, texts = [], {name: [] for name in out}
         for i, (row, found) in enumerate(zip(rows, lists)):
             for j, text in enumerate(found):
