@@ -30,10 +30,9 @@ class Texts:
         context: T, tokens per caption.
         per_row: K, captions kept of a row.
         augmented: how many augmented twins a caption has, `tokens2` and `tokens3`.
-        derive: further texts of a caption, a picklable (caption, rng) -> {"tokens_...": texts}, a
-            fixed number under each name, or {} where there are none; see data/sub_captions.py. Or
-            None. They are drawn once, as the augmented ones are.
-        derived: (("tokens_...", how many), ...), the names that `derive` gives.
+        derive: makes further texts of a caption, drawn once as the augmented ones are, or None. A
+            picklable (caption, rng) -> {"tokens_...": texts}, {} where there are none, whose
+            `names` are (("tokens_...", how many texts), ...); see data/sub_captions.py.
     """
     source: object
     tokenizer: tokenizers.Tokenizer
@@ -41,7 +40,6 @@ class Texts:
     per_row: int
     augmented: int = 0
     derive: Callable | None = None
-    derived: tuple[tuple[str, int], ...] = ()
 
     def of_rows(self, rows) -> dict[str, np.ndarray]:
         """Tokens of clean rows: {"tokens": int32 [N, K, T], "count": int32 [N], "tokens2"?}.
@@ -81,7 +79,7 @@ class Texts:
 
     def _derived(self, lists, rows):
         out = {name: np.zeros((len(lists), self.per_row, many * self.context), np.int32)
-               for name, many in self.derived}
+               for name, many in self.derive.names}
         where, texts = [], {name: [] for name in out}
         for i, (row, found) in enumerate(zip(rows, lists)):
             for j, text in enumerate(found):

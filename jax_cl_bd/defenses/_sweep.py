@@ -76,11 +76,10 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
            label: str, extra: dict | None = None, derive: dict | None = None) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
-    step of the point chosen, and what it does on the validation images. `derive`: {"derive",
-    "derived"} of data/texts.py, for an objective that needs further texts."""
-    read = dataclasses.replace(texts.of(described(cfg), suspect.pair.tokenizer, pairs),
-                               **(derive or {}))
-    dataset = PoisonedSet(pairs, texts=read)
+    step of the point chosen, and what it does on the validation images. `derive`: of
+    data/texts.py, for an objective that needs further texts."""
+    read = texts.of(described(cfg), suspect.pair.tokenizer, pairs)
+    dataset = PoisonedSet(pairs, texts=dataclasses.replace(read, derive=derive))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
                                   key=key, label=label, extra=extra)
     return outcome_of(variables, own, points)

@@ -54,8 +54,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     clean = clean_clip.drawn(cfg, data.clean)
     made = SubCaptions(tuple(map(str, clean.classes)), cfg.defense.negatives)
     found = _sweep.repair(_described(cfg), victims[0], clean, data.validation, mesh=mesh,
-                          folder=folder, key=key, label=f"align {label}",
-                          derive={"derive": made, "derived": made.names})
+                          folder=folder, key=key, label=f"align {label}", derive=made)
     named = [subject(text, made.classes) is not None
              for texts in clean.captions(np.arange(len(clean))) for text in texts]
     verdict = {"clean_pairs": len(clean), "captions_that_name_a_class": float(np.mean(named))}

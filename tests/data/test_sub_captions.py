@@ -84,7 +84,7 @@ def test_tokens_of_rows_follow_the_captions():
 
     words = tokenizer.train(["a photo of a cat dog the nothing sits good."], 300)
     sub = SubCaptions(Source.classes, 2)
-    own = texts.Texts(Source(), words, 12, 2, derive=sub, derived=sub.names)
+    own = texts.Texts(Source(), words, 12, 2, derive=sub)
     found = own.of_rows([0, 1, 2])
     assert {k: v.shape for k, v in found.items()} == {
         "tokens": (3, 2, 12), "tokens_positive": (3, 2, 12), "tokens_negative": (3, 2, 24),
