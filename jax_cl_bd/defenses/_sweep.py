@@ -75,12 +75,14 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
            label: str) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
-    step of the point chosen, and what it does on the validation images."""
+    step of the point chosen, what it does on the validation images, and the cost."""
     dataset = PoisonedSet(pairs, texts=texts.of(described(cfg), suspect.pair.tokenizer, pairs))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
                                   key=key, label=label)
     chosen = next(p for p in points if p.chosen)
-    verdict = {"rate": chosen.rate, "step": chosen.step,
+    verdict = {"training_pairs": len(pairs),
+               "gradient_steps": cfg.defense.steps * len(cfg.defense.rates),  # of all rates
+               "rate": chosen.rate, "step": chosen.step,
                "validation_accuracy": chosen.validation_accuracy,
                "validation_accuracy_of_suspect": chosen.suspect_accuracy}
     return Outcome(verdict, variables, {}, own, points)
