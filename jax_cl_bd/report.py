@@ -13,7 +13,7 @@ import ml_collections
 from etils import epath
 
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.reporting import html, many_runs, one_run, read
+from jax_cl_bd.reporting import fronts, html, many_runs, one_run, read
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
@@ -25,31 +25,35 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
 def compare(folders: list[epath.Path], out: epath.Path) -> str:
     """Writes index.html, table.md, table.csv and pictures over many runs; gives the Markdown.
 
-    Folders without a readable config or results are listed as incomplete.
+    Repairs are also shown side by side, by victim (reporting/fronts.py), those of a folder that
+    holds nothing but defenses of another's victim included. Folders without a readable config or
+    results are listed as incomplete.
 
     Raises:
         UserError: none of them is complete.
     """
-    runs, incomplete = [], []
+    runs, repaired, incomplete = [], [], []
     for folder in folders:
         try:
             found = read.load(folder)
         except UserError as error:
             incomplete.append((str(folder), str(error)))
             continue
-        if found.results is None or "victim" not in found.results:
+        if found.defenses:
+            repaired.append(found)
+        if (found.results is None or "victim" not in found.results) and not found.defenses:
             incomplete.append((str(folder), "no results.json: the evaluate stage is not complete"))
-        else:
+        elif "victim" in found.results:
             runs.append(found)
-    if not runs:
+    if not runs and not repaired:
         reasons = "; ".join(f"{folder}: {why}" for folder, why in incomplete)
         raise UserError(f"no complete run among {len(folders)} folders ({reasons})")
-    tables = many_runs.tables(runs)
-    page, pictures = many_runs.build(tables, incomplete)
+    tables, repairs = many_runs.tables(runs), fronts.collect(repaired)
+    page, pictures = many_runs.build(tables, incomplete, repairs)
     html.write(out, page, pictures)
-    text = many_runs.markdown(tables, incomplete)
+    text = many_runs.markdown(tables, incomplete, repairs)
     (out / "table.md").write_text(text)
-    (out / "table.csv").write_text(many_runs.table_csv(tables))
+    (out / "table.csv").write_text(many_runs.table_csv(tables, repairs))
     return text
 
 

@@ -74,21 +74,23 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
 
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
-           label: str, extra: dict | None = None, derive: dict | None = None) -> Outcome:
+           label: str, extra: dict | None = None, derive: Callable | None = None) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
-    step of the point chosen, and what it does on the validation images. `derive`: of
+    step of the point chosen, what it does on the validation images, and the cost. `derive`: of
     data/texts.py, for an objective that needs further texts."""
     read = texts.of(described(cfg), suspect.pair.tokenizer, pairs)
     dataset = PoisonedSet(pairs, texts=dataclasses.replace(read, derive=derive))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
                                   key=key, label=label, extra=extra)
-    return outcome_of(variables, own, points)
+    return outcome_of(variables, own, points, pairs=len(pairs))
 
 
-def outcome_of(variables, own, points: list[Point]) -> Outcome:
-    """What a defense gives back of a sweep; its verdict is on the point chosen."""
+def outcome_of(variables, own, points: list[Point], *, pairs: int) -> Outcome:
+    """What a defense gives back of a sweep on so many pairs; its verdict is on the point chosen."""
     chosen = next(p for p in points if p.chosen)
-    verdict = {"rate": chosen.rate, "step": chosen.step,
+    verdict = {"training_pairs": pairs,
+               "gradient_steps": own.defense.steps * len(own.defense.rates),  # of all rates
+               "rate": chosen.rate, "step": chosen.step,
                "validation_accuracy": chosen.validation_accuracy,
                "validation_accuracy_of_suspect": chosen.suspect_accuracy}
     return Outcome(verdict, variables, {}, own, points)

@@ -47,5 +47,5 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     state = fit(training.make_step(own, tx, steps), jax.device_put(state, shardings), shardings,
                 rows, folder=folder, steps=steps, cfg_train=own.train, mesh=mesh,
                 label=f"fine-tune {'control' if folder.name == 'control' else 'victim'}")
-    return Outcome({"clean_pairs": len(data), "steps": steps},
+    return Outcome({"clean_pairs": len(data), "steps": steps, "gradient_steps": steps},
                    {"params": state.params, "batch_stats": state.batch_stats}, {}, own)

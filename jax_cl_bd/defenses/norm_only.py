@@ -77,5 +77,5 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     label = "control" if folder.name == "control" else "victim"
     state = fit(step_fn, jax.device_put(state, shardings), shardings, rows, folder=folder,
                 steps=cfg.defense.steps, cfg_train=own.train, mesh=mesh, label=f"norm of {label}")
-    return Outcome({"clean_pairs": len(clean), "steps": cfg.defense.steps},
+    return Outcome({"clean_pairs": len(clean), "steps": cfg.defense.steps, "gradient_steps": 0},
                    {"params": state.params, "batch_stats": state.batch_stats}, {}, own)

@@ -101,7 +101,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     if not triggers:
         own = _sweep.described(cfg)
         _sweep.keep(folder, own, suspect.pair.variables, 0, suspect)
-        verdict |= {"compact_set_pairs": 0, "compact_set": dict.fromkeys(_compact_set.PARTS, 0)}
+        verdict |= {"compact_set_pairs": 0, "compact_set": dict.fromkeys(_compact_set.PARTS, 0),
+                    "training_pairs": 0, "gradient_steps": 0}
         return Outcome(verdict, suspect.pair.variables, report, own)
     pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool, data.clean,
                                        triggers, found, ground, cfg.defense.curate.rho, rng)

@@ -53,4 +53,5 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     state = fit(training.make_step(own, tx, steps), state, shardings, rows, folder=folder,
                 steps=steps, cfg_train=own.train, mesh=mesh, label="retrain")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return Outcome({"clean_images": len(data), "steps": steps}, variables, {}, own)
+    verdict = {"clean_images": len(data), "steps": steps, "gradient_steps": steps}
+    return Outcome(verdict, variables, {}, own)

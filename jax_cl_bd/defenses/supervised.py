@@ -84,7 +84,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         accuracy=accuracy,
         before=_sweep.zero_shot_accuracy(suspect, x, labels, data.validation.classes), mesh=mesh,
         folder=folder, label=f"supervised {label}")
-    outcome = _sweep.outcome_of(*found)
+    outcome = _sweep.outcome_of(*found, pairs=len(clean))
     return dataclasses.replace(outcome, classify=classify,
                                verdict={"clean_images": len(clean), **outcome.verdict})
 

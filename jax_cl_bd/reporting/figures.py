@@ -11,6 +11,10 @@ from jax_cl_bd.reporting.read import OF_CONTROL
 
 COLORS = {"victim": "#D55E00", "control": "#0072B2", "untrained": "#8A8F94"}
 DEFENSE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Of several repairs: beside victim and control, whose two colours are not among them.
+FRONT_COLORS = (*DEFENSE_COLORS, "#7F3C8D", "#8A6D1D", "#1c2126")
+FRONT_MARKERS = ("o", "^", "D")
+FAR = 0.12  # clean accuracy below the suspect's from which a repair's points are not drawn
 MARKERS = {"victim": "o", "control": "s"}
 INK, SOFT = "#1c2126", "#5d6770"
 MOST_LABELS = 24  # class names that a map has room for
@@ -217,6 +221,55 @@ def front(found: dict) -> bytes:
     axis.set_ylabel("clean accuracy (%)")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return _png(figure)
+
+
+def fronts(lines: list[tuple[str, list[dict], list[dict]]], start: dict | None,
+           control: dict | None) -> tuple[bytes, int]:
+    """Clean accuracy against attack success of several repairs of one victim: (name, points, front)
+    each, the front drawn as a line, the defender's choice ringed, suspect and control marked.
+
+    Gives the PNG and how many points lie below what is shown: FAR less clean accuracy than the
+    suspect has.
+    """
+    columns = 1 if max(len(name) for name, _, _ in lines) > 36 else 2
+    rows = -(-(len(lines) + 3) // columns)
+    figure, axis = _blank(6.4, 4.0 + 0.2 * rows)
+    best = start["clean_accuracy"] if start else max(
+        p["clean_accuracy"] for _, points, _ in lines for p in points)
+    floor, hidden = best - FAR, 0
+    marked = [point for point in (start, control) if point]
+    for i, (name, points, front) in enumerate(lines):
+        color = FRONT_COLORS[i % len(FRONT_COLORS)]
+        marker = FRONT_MARKERS[i // len(FRONT_COLORS) % len(FRONT_MARKERS)]
+        seen = [p for p in points if p["clean_accuracy"] >= floor]
+        hidden, marked = hidden + len(points) - len(seen), marked + seen
+        axis.plot(*_at(seen), marker, color=color, markersize=4, alpha=0.45, markeredgewidth=0)
+        axis.plot(*_at([p for p in front if p["clean_accuracy"] >= floor]), "-" + marker,
+                  color=color, markersize=5, linewidth=1.5, label=name)
+        axis.plot(*_at([p for p in seen if p["chosen"]]), "o", markersize=11, color=color,
+                  markerfacecolor="none", markeredgewidth=1.6)
+    axis.plot([], [], "o", markersize=9, color=INK, markerfacecolor="none",
+              label="defender's choice")
+    if start:
+        axis.plot(*_at([start]), "X", markersize=9, color=COLORS["victim"], label="suspect")
+    if control:
+        axis.plot(*_at([control]), "s", markersize=7, color=COLORS["control"],
+                  label="clean control")
+    low = min((p["clean_accuracy"] for p in marked), default=floor)
+    high = max((p["clean_accuracy"] for p in marked), default=best)
+    axis.set_ylim(100 * low - 1, 100 * high + 1)
+    axis.set_xlim(-3, 103)
+    axis.grid(color="#e6e9ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.set_xlabel("attack success rate, %")
+    axis.set_ylabel("clean accuracy, %")
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    return _png(figure), hidden
+
+
+def _at(points):
+    return ([100 * p["attack_success_rate"] for p in points],
+            [100 * p["clean_accuracy"] for p in points])
 
 
 def points(groups: list[tuple[str, dict[str, np.ndarray]]], intervals: dict, defenses: list[str], *,

@@ -57,15 +57,16 @@ def evaluated(cfg: ml_collections.ConfigDict) -> dict[str, str]:
     return key_of(run_folder.settings_of(cfg, names))
 
 
-def split(runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    """Groups runs, in the order of their first folder, with titles that tell them apart.
+def split(runs: list[Run], key_of_run=evaluated) -> list[tuple[str, list[Run]]]:
+    """Groups runs by a key of their config, in the order of their first folder, with titles that
+    tell them apart.
 
     The defense that a folder's config names last plays no part: `statistics` tells defenses apart
     by their own settings.
     """
     keys, groups = [], []
     for run in runs:
-        key = evaluated(run.cfg)
+        key = key_of_run(run.cfg)
         if key not in keys:
             keys.append(key)
             groups.append([])
@@ -74,7 +75,7 @@ def split(runs: list[Run]) -> list[tuple[str, list[Run]]]:
     titles = [", ".join(members[0].cfg[name.partition(".")[0]].name for name in told)
               for members in groups]
     titles = ["; ".join(filter(None, parts)) for parts in zip(titles, _differences(keys, told))]
-    return list(zip(_numbered(titles), groups))
+    return list(zip(numbered(titles), groups))
 
 
 def _differences(keys, told=()):
@@ -84,7 +85,7 @@ def _differences(keys, told=()):
             for key in keys]
 
 
-def _numbered(titles):
+def numbered(titles):
     """Numbers the titles that occur more than once."""
     return [title if titles.count(title) == 1 else f"{title} ({i + 1})"
             for i, title in enumerate(titles)]
@@ -98,7 +99,7 @@ def called(runs: list[Run]) -> list[dict[str, str]]:
         mine = {i: key_of(run.settings[name]) for i, run in enumerate(runs)
                 if name in run.defenses}
         keys = [key for i, key in enumerate(mine.values()) if key not in list(mine.values())[:i]]
-        labels = _numbered([f"{name} [{more}]" if more else name for more in _differences(keys)])
+        labels = numbered([f"{name} [{more}]" if more else name for more in _differences(keys)])
         for i, key in mine.items():
             out[i][name] = labels[keys.index(key)]
     return out

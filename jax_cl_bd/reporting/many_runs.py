@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from jax_cl_bd.reporting import figures, groups, html, words
+from jax_cl_bd.reporting import figures, fronts, groups, html, words
 from jax_cl_bd.reporting.groups import Statistic
 from jax_cl_bd.reporting.html import Picture
 from jax_cl_bd.reporting.read import Run
@@ -28,8 +28,8 @@ def tables(runs: list[Run]) -> Tables:
     return [(title, members, groups.statistics(members)) for title, members in groups.split(runs)]
 
 
-def markdown(found: Tables, incomplete: list[tuple[str, str]]) -> str:
-    """The whole as Markdown."""
+def markdown(found: Tables, incomplete: list[tuple[str, str]], repairs=()) -> str:
+    """The whole as Markdown; `repairs` of fronts.collect."""
     out = []
     for title, runs, stats in found:
         out += [f"### {title}", "", _which(runs), ""]
@@ -45,19 +45,22 @@ def markdown(found: Tables, incomplete: list[tuple[str, str]]) -> str:
             out += [""]
     if out:
         out += [NOTE, ""]
+    if repairs:
+        out += [fronts.markdown(repairs)]
     if incomplete:
         out += ["Incomplete, not counted:", ""]
         out += [f"- {folder}: {why}" for folder, why in incomplete] + [""]
     return "\n".join(out)
 
 
-def table_csv(found: Tables) -> str:
+def table_csv(found: Tables, repairs=()) -> str:
     """One line per figure: fractions in [0, 1], every point as seed/target=value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["group", "encoder", "probe", "figure", "unit", "n", "mean", "std", "low",
                      "high", "points"])
-    for title, _, stats in found:
+    both = [(title, stats) for title, _, stats in found] + fronts.statistics(repairs)
+    for title, stats in both:
         for s in stats:
             numbers = ["" if v is None else repr(v) for v in (s.mean, s.std, s.low, s.high)]
             points = " ".join(f"{seed}/{target}={v!r}" for (seed, target), v in s.points)
@@ -65,12 +68,17 @@ def table_csv(found: Tables) -> str:
     return out.getvalue()
 
 
-def build(found: Tables, incomplete: list[tuple[str, str]]) -> tuple[str, list[Picture]]:
-    """Gives the page and its pictures."""
+def build(found: Tables, incomplete: list[tuple[str, str]],
+          repairs=()) -> tuple[str, list[Picture]]:
+    """Gives the page and its pictures; `repairs` of fronts.collect."""
     total = sum(len(runs) for _, runs, _ in found)
     title = _count(total, "run") + (f" in {len(found)} groups" if len(found) > 1 else "")
-    sections, pictures = [f"<h1>{title}</h1>", html.paragraph(NOTE, "note")], _pictures(found)
+    title = title if total else _count(len(repairs), "repair")
+    sections, pictures = [f"<h1>{title}</h1>"], _pictures(found)
+    sections += [html.paragraph(NOTE, "note")] if total else []
     sections.append(html.figures(pictures))
+    repaired, fronts_ = fronts.sections(repairs)
+    sections, pictures = sections + repaired, pictures + fronts_
     for name, runs, stats in found:
         parts = [html.paragraph(_which(runs), "note")]
         for probe in _probes(stats):

@@ -48,7 +48,7 @@ def test_moves_the_victims_own_weights(cfg, tmp_path):
         both = zip(jax.tree.leaves(before["params"][part]),
                    jax.tree.leaves(moved.variables["params"][part]))
         assert any(np.abs(a - np.asarray(b)).max() > 1e-4 for a, b in both), part
-    assert moved.verdict == {"clean_pairs": 32, "steps": 2}
+    assert moved.verdict == {"clean_pairs": 32, "steps": 2, "gradient_steps": 2}
     # The defense's folder opens by itself, tokenizer included.
     opened = encoder.load(tmp_path / "moved", victim.mesh)
     again = encoder.of_parts(moved.cfg, moved.variables, victim.mesh, victim.pair.tokenizer)

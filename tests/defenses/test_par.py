@@ -41,6 +41,8 @@ def test_moves_away_and_the_truth_changes_nothing(cfg, tmp_path):
     known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
     blind = repaired(cfg, tmp_path / "blind")
     assert known.verdict == blind.verdict and known.verdict["clean_pairs"] == 40
+    assert known.verdict["training_pairs"] == 40
+    assert known.verdict["gradient_steps"] == cfg.defense.steps * len(cfg.defense.rates)
     jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
     lines = (tmp_path / "known" / "rate_0.0003" / "metrics.jsonl").read_text().splitlines()
     moved = [json.loads(line)["train/moved_text"] for line in lines
