@@ -11,8 +11,8 @@ the last norm over the whole batch, as in the code. Fields of cfg.objective besi
 move the running statistics) or "test" (the running statistics, which stay). `extra` holds
 "suspect", and, given by the defense (defenses/invertune.py), "trigger" {"mask", "pattern"}, in
 normalised units, and "neurons" {stage: M_l}. The text tower has no gradient. The code passes clean
-images twice through the model, once for the activations and once for f^; here one pass gives both,
-and the running statistics take in the triggered images first, then the clean ones.
+images through the model, triggered ones, and the clean ones again for f^; here one clean pass gives
+both, and the running statistics are brought to where three passes would leave them.
 """
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.models import activations, build
+from jax_cl_bd.models.norm import BatchNorm
 from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import normalise
 
@@ -59,15 +60,11 @@ def loss(cfg, variables, extra, batch, apply_fns, key, step):
     o, x, names = cfg.objective, batch["view1"], tuple(sorted(extra["neurons"]))
     module, train = build.build(cfg.model), o.norm == "train"
 
-    def run(variables, x):
-        features, kept, stats = activations.forward(module, variables, x, names, train=train)
-        if train and stats:
-            stats = {**variables["batch_stats"], "encoder": stats}
-            variables = {**variables, "batch_stats": stats}
-        return features, kept, variables
+    def run(x):
+        return activations.forward(module, variables, x, names, train=train)
 
-    _, hit, variables = run(variables, triggered(extra["trigger"], x))
-    features, clean, variables = run(variables, x)
+    features, clean, after_clean = run(x)
+    _, hit, after_hit = run(triggered(extra["trigger"], x))
     align = sum(relative(clean[name].mean(0), hit[name].mean(0), extra["neurons"][name])
                 for name in names)
     before, _ = apply_fns["encoder"](extra["suspect"], x, False)
@@ -76,7 +73,22 @@ def loss(cfg, variables, extra, batch, apply_fns, key, step):
         before, _ = apply_fns["image_projection"](extra["suspect"], before, False)
     preserve = length(normalise(features) - normalise(before))
     value = o.align * align + o.preserve * preserve
-    return value, (variables["batch_stats"], extra, {"align": align, "preserve": preserve})
+    stats = variables["batch_stats"]
+    if after_clean:
+        stats = {**stats, "encoder": three_passes(stats["encoder"], after_clean, after_hit)}
+    return value, (stats, extra, {"align": align, "preserve": preserve})
+
+
+def three_passes(start: dict, after_clean: dict, after_hit: dict) -> dict:
+    """Running statistics after a clean, a triggered and a clean pass, from those after either pass
+    alone: every pass is r -> m r + (1 - m) b with statistics b of its batch."""
+    m = BatchNorm.momentum
+
+    def one(start, clean, hit):
+        clean, hit = clean - m * start, hit - m * start  # (1 - m) b of either batch
+        return m * (m * (m * start + clean) + hit) + clean
+
+    return jax.tree.map(one, start, after_clean, after_hit)
 
 
 def triggered(trigger: dict, x: jax.Array) -> jax.Array:

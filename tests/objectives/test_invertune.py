@@ -79,6 +79,20 @@ def test_value_against_numpy(made, norm):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_the_statistics_are_those_of_three_passes(made):
+    cfg, variables, extra, x = made
+    cfg = ConfigDict(cfg.to_dict())
+    cfg.objective.norm = "train"
+    (_, (stats, _, _)), _ = run(cfg, variables, extra, x)
+    module = build.build(cfg.model)
+    part = {kind: variables[kind]["encoder"] for kind in variables}
+    for shown in (x, invertune.triggered(extra["trigger"], x), x):
+        _, updated = module.apply(part, shown, train=True, mutable=["batch_stats"])
+        part = {**part, **updated}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                 stats["encoder"], part["batch_stats"])
+
+
 def test_a_trigger_without_effect_has_no_gradient_and_no_nan(made):
     """At the suspect itself, in test mode, under an empty mask, all norms are 0."""
     cfg, variables, extra, x = made
