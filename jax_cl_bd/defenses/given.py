@@ -12,7 +12,8 @@ class Given:
 
     clean: trusted images or pairs, which the attack has not touched. validation: labelled images
     that were not trained on, to choose settings by, or None (defense.validation_split). pool: the
-    set that the suspect was trained on (data/pool.py), poisons among its rows.
+    set that the suspect was trained on (data/pool.py), poisons among its rows; None where nobody
+    has it (a victim from elsewhere, unless defense.pool says that the data are it).
     """
 
     clean: Any
