@@ -29,7 +29,7 @@ def get_config(arg=""):
         common.choose("objective", a["objective"], common.PAIR_OBJECTIVES | common.OBJECTIVES)
         cfg = cifar10.get_config(f"reduced,attack=none,objective={a['objective']},"
                                  f"seed={a['seed']}")
-    cfg.data.update(name="", limit=0)
+    cfg.data.limit = 0
     cfg.control = False
     cfg.evals.probes = ()
     cfg.train.eval_every = 0
@@ -37,4 +37,5 @@ def get_config(arg=""):
     if a["debug"]:
         common.debug(cfg)
         cfg.defense.density.update(k=4, batch=100)
+    cfg.data.name = ""
     return cfg

@@ -1,4 +1,4 @@
-"""Vetting of hub folders: the verdict by scores, calibration that is kept, exit status, bad input."""
+"""Vetting of hub folders: verdict, calibration that is kept, exit status, bad input."""
 
 import json
 
