@@ -29,8 +29,8 @@ def folders(tmp_path_factory):
                                                   ).init(k, jnp.zeros((1, 16, 16, 3)), train=False),
                             jax.random.key(0))
     rng = np.random.default_rng(0)
-    hub.save_resnet(home / "resnet", "resnet18", "cifar",
-                    jax.tree.map(lambda a: rng.uniform(0.1, 1, a.shape).astype(np.float32), shapes),
+    variables = jax.tree.map(lambda a: np.float32(rng.uniform(0.1, 0.2, a.shape)), shapes)
+    hub.save_resnet(home / "resnet", "resnet18", "cifar", variables,
                     data={"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2), "image_size": 32})
     found["resnet"] = str(home / "resnet")
     return found

@@ -1,6 +1,10 @@
 """Vetting of hub folders: verdict, calibration that is kept, exit status, bad input."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +18,8 @@ from jax_cl_bd.defenses import decree, vet_encoder
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import hub_clip
 from tests.tiny_hub import made
+
+ROOT = Path(__file__).parents[2]
 
 
 def hub_folder(folder, scale=0.3, *, side=32, tokenizer=True):
@@ -123,15 +129,25 @@ def test_what_cannot_be_asked_is_listed_and_not_run(tmp_path):
                for what in verdict["not_checked"])
 
 
-def test_a_forced_threshold_gives_exit_status_1(folders, tmp_path, monkeypatch):
-    detect = lambda *_: {"score": 0.2, "default": 0.1, "says": "a patch", "details": {},  # noqa
-                         "pictures": {}}
+@pytest.mark.parametrize("score, status", [(0.2, 1), (0.1, 0)])
+def test_the_exit_status_is_the_verdict_of_a_complete_run_too(folders, tmp_path, monkeypatch,
+                                                             score, status):
+    def detect(*_):
+        return {"score": score, "default": 0.1, "says": "a patch", "details": {}, "pictures": {}}
+
     monkeypatch.setattr(vet_encoder, "DETECTORS", (("decree", vet_encoder._any_encoder, detect),))
-    cfg = config(folders[0.3])
-    assert vetted(cfg, tmp_path)["suspicious"]
-    assert stages.suspicious(cfg, epath.Path(tmp_path))
-    (tmp_path / "defenses" / "vet_encoder" / "done.json").unlink()
-    assert not stages.suspicious(cfg, epath.Path(tmp_path))  # no verdict yet
+    cfg, folder = config(folders[0.3]), epath.Path(tmp_path)
+    assert vetted(cfg, tmp_path)["suspicious"] == bool(status)
+    assert stages.suspicious(cfg, folder) == bool(status)
+    found = subprocess.run(
+        [sys.executable, "-m", "jax_cl_bd", "--config=configs/vet_encoder.py:debug",
+         f"--config.victim={folders[0.3]}", f"--workdir={tmp_path}"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+    assert found.returncode == status, (found.stdout, found.stderr)
+    assert "defend: complete" in found.stdout and "decree:" in found.stdout
+    assert not found.stderr
+    (folder / "defenses" / "vet_encoder" / "done.json").unlink()
+    assert not stages.suspicious(cfg, folder)  # no verdict yet
 
 
 def test_bad_input_is_refused_in_one_line(folders, tmp_path):
