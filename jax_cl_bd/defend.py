@@ -95,7 +95,7 @@ def check(cfg: ml_collections.ConfigDict, source) -> None:
 
 def _check_victim(cfg, defense, source):
     """Refuses a defense that needs what nobody has of a victim from elsewhere."""
-    pool, alone = cfg.defense.get("pool", ""), run_folder.weights_alone(epath.Path(cfg.victim))
+    pool, alone = cfg.defense.get("pool", ""), run_folder.from_elsewhere(cfg)
     if pool not in POOLS:
         raise unknown("defense.pool", pool, POOLS)
     if pool and not alone:

@@ -144,6 +144,11 @@ def weights_alone(folder: epath.Path) -> bool:
     return weights and not (folder / "poison").exists()
 
 
+def from_elsewhere(cfg: ml_collections.ConfigDict) -> bool:
+    """Says whether the victim that a config names came as weights alone."""
+    return bool(cfg.get("victim", "")) and weights_alone(epath.Path(cfg.victim))
+
+
 def is_clean(folder: epath.Path) -> bool:
     """Says whether a run's data were poisoned by nothing at all."""
     path = folder / "poison" / "summary.json"

@@ -45,7 +45,7 @@ def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if not cfg.victim:
         return start.with_weights(cfg)
     vets = defend.vets(cfg)
-    if run_folder.weights_alone(epath.Path(cfg.victim)) or (vets and cfg.data.name):
+    if run_folder.from_elsewhere(cfg) or (vets and cfg.data.name):
         return start.of_victim(cfg, needs_text=not vets)
     theirs = run_folder.read_config(epath.Path(cfg.victim))
     merged = ml_collections.ConfigDict(cfg.to_dict()
@@ -78,7 +78,7 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
         raise UserError("data.name is empty: name the data, such as --config.data.name=folder:PATH"
                         ", or a finished run whose own rows are meant: --config.victim=RUN")
     train = sources.load(cfg.data, "train")
-    if cfg.victim and run_folder.weights_alone(epath.Path(cfg.victim)):
+    if run_folder.from_elsewhere(cfg):
         chosen = [s for s in chosen if s not in ("poison", "pretrain")]
     if {"poison", "pretrain"} & set(chosen):
         texts.check(cfg, train)
@@ -205,7 +205,7 @@ def _of_elsewhere(cfg, victim: epath.Path) -> dict[str, str]:
     """Fingerprints of what the config does not describe: another's weights, and data to be
     vetted."""
     found, vets = {}, defend.vets(cfg)
-    if cfg.victim and (vets or run_folder.weights_alone(victim)):
+    if run_folder.from_elsewhere(cfg) or (vets and cfg.victim):
         found["victim"] = start.fingerprint(start.open_victim(cfg, victim))
     if vets:
         source = sources.load(cfg.data, "train")
@@ -245,7 +245,7 @@ def _check_order(cfg, folder, victim, chosen, redone) -> None:
         before = needs[stage]
         complete = run_folder.is_done(victim / before) if cfg.victim else is_done(
             cfg, folder, before) and before not in redone
-        if cfg.victim and run_folder.weights_alone(victim):
+        if run_folder.from_elsewhere(cfg):
             complete = True
         if not complete and (cfg.victim or before not in chosen):
             raise UserError(f"{stage} needs the {before} stage of {victim}, which is not complete; "

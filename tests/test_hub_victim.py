@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import cifar10, clip_scenes, quickstart
-from jax_cl_bd import load_encoder, run_folder, stages
+from jax_cl_bd import load_encoder, report, run_folder, stages
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, hub, hub_clip, start
@@ -75,6 +75,7 @@ def test_evaluate_defend_and_report(folders, tmp_path):
     assert "auroc" not in found["verdict"]["slof"]  # no truth to score by
     page = (tmp_path / "report" / "index.html").read_text()
     assert "Nothing is known of how this encoder was made" in page and "backdoor works" not in page
+    assert "| victim |" in report.compare([epath.Path(tmp_path)], epath.Path(tmp_path / "table"))
     # The weights belong to the settings: another folder's verdict is not taken for this one's.
     with pytest.raises(UserError, match="victim: .* there, .* now"):
         run(config(clip_scenes, "defense=density,objective=siglip", folders["siglip"],
@@ -131,7 +132,6 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
         with pytest.raises(UserError, match=says) as error:
             stages.check(make(), list(stages.GROUPS))
         assert "\n" not in str(error.value)
-    (tmp_path / "config.json").write_text("{}")
 
 
 def test_a_run_folder_knows_what_it_was_trained_on(tmp_path):

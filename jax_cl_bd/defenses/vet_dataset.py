@@ -101,6 +101,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         pictures |= _vetting.shown(folder, name, outcome.report["pictures"])
         with (folder / name / "scores.npz").open("rb") as file, np.load(file) as found:
             scores |= {score: found[score] for score in found.files}
+    if "cosine" in scores and not d.scorer:
+        not_checked.append("pairs that the encoder itself has learned to match, by the cosine "
+                           "filter: defense.scorer names no independent model")
     if "cosine" in scores:
         scores["cosine"] = -scores["cosine"]  # higher is more suspicious
     counted = {**details.get("density", {}), "cosine": {

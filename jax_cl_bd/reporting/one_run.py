@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_cl_bd import run_folder
 from jax_cl_bd.reporting import defenses, figures, html, image_text, training, vetting, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.pairs import pair_probability
@@ -58,7 +59,7 @@ def number_of(row: dict, key: str) -> str:
 def poison(run: Run, pictures: list[Picture]) -> str:
     """What was put into the data: counts, preview, layout and its pair probability."""
     s = run.summary
-    if s is None and words.elsewhere(run):
+    if s is None and run_folder.from_elsewhere(run.cfg):
         return html.section("Poison", html.paragraph(
             "Nothing is known of how this encoder was made: no plan, no control.", "note"))
     if s is None:

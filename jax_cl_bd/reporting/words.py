@@ -1,7 +1,5 @@
 """Sentences built from results."""
 
-from etils import epath
-
 from jax_cl_bd import run_folder
 from jax_cl_bd.reporting.html import number
 from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
@@ -15,22 +13,17 @@ ENCODERS = ("victim", "control", "untrained")
 def title(run: Run) -> str:
     """What was run, in a line."""
     attack = run.cfg.attack.name
-    if elsewhere(run):
+    if run_folder.from_elsewhere(run.cfg):
         return f"The encoder of {run.cfg.victim} on {run.cfg.data.name}"
     what = "Clean pretraining" if attack == "none" else attack.replace("_", " ").capitalize()
     what = what.replace("Image text", "Image-text").replace("Badclip", "BadCLIP")
     return f"{what} on {run.cfg.data.name}, {run.cfg.objective.name}"
 
 
-def elsewhere(run: Run) -> bool:
-    """Whether the victim came as weights alone, of which nothing else is known."""
-    return bool(run.cfg.get("victim")) and run_folder.weights_alone(epath.Path(run.cfg.victim))
-
-
 def what(run: Run) -> str:
     """Model, length, seed and poison counts, in a line."""
     cfg, parts = run.cfg, []
-    if elsewhere(run):
+    if run_folder.from_elsewhere(run.cfg):
         return f"{cfg.model.name} at {cfg.data.image_size} px"
     lines = run.metrics.get("victim")
     steps = cfg.train.steps or (lines[-1]["step"] if lines else 0)

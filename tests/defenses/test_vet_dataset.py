@@ -69,6 +69,7 @@ def test_poisons_are_found_ranked_and_described(made, tmp_path, monkeypatch):
     poisons = set((len(source) + np.arange(8)).tolist())
     at = [s["row"] for s in sorted(verdict["suspects"], key=lambda s: s["ranks"]["cosine"])]
     assert set(at[:5]) <= poisons
+    assert any("names no independent model" in what for what in verdict["not_checked"])
     assert all(set(s["ranks"]) == {"k_distance", "slof", "lid", "dao", "cosine"}
                and len(s["captions"]) >= 1 for s in verdict["suspects"])
     assert set(found.report["pictures"]) == {"suspects.png", "density_suspicious.png",
