@@ -251,7 +251,7 @@ def cleaner_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
 def ubt(*, clean_fraction, validation_split, batch_size, steps, rates):
     """UBT (docs/papers.md), reconstructed: every number here is ours."""
     return {**_swept("ubt", clean_fraction, validation_split, batch_size, steps, rates),
-            "overfit": dict(fraction=0.1, steps=100, lr=1e-4, objective="pull_together"),
+            "pool": "", "overfit": dict(fraction=0.1, steps=100, lr=1e-4, objective="pull_together"),
             "suspects": 100, "clean_looking": 0.5, "bad_share": 0.25, "weight": 1.0, "tokens": 2,
             "floor": "strangers", "ascend": "tokens"}
 
@@ -266,7 +266,7 @@ def oracle_filter(*, clean_fraction, validation_split, batch_size, steps, rates,
     """An oracle without a trigger search (docs/papers.md); `oracle`, `error` as below."""
     return {**_swept("oracle_filter", clean_fraction, validation_split, batch_size, steps, rates),
             "action": "drop", "pairs": 0, "sure": 0.25,
-            "oracle": dict(name=oracle, error=error, steps=1500)}
+            "pool": "", "oracle": dict(name=oracle, error=error, steps=1500)}
 
 
 def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rates,
@@ -274,6 +274,7 @@ def oracle_finetune(*, clean_fraction, validation_split, batch_size, steps, rate
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
     `error` of images, or classifier. Thresholds: docs/papers.md."""
     return {**_swept("oracle_finetune", clean_fraction, validation_split, batch_size, steps, rates),
+            "pool": "",
             "oracle": dict(name=oracle, error=error, steps=1500, segmenter="classical",
                            segmenter_folder="", segmenter_points=32),
             "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
@@ -299,14 +300,31 @@ def density(*, clean_fraction, k=16, batch=2048, false_alarm=0.01):
     """Detection of samples by local density (docs/papers.md); k as in the released code's example.
     More than k poisons in a reference batch hide each other."""
     return dict(name="density", clean_fraction=clean_fraction, k=k, batch=batch,
-                false_alarm=false_alarm)
+                false_alarm=false_alarm, pool="")
 
 
 def cosine_filter(*, clean_fraction, false_alarm=0.01, scorer=""):
     """Pairs that do not match are dropped (docs/papers.md); `scorer`: the folder of an independent
     image-text model, "" the suspect itself."""
     return dict(name="cosine_filter", clean_fraction=clean_fraction, false_alarm=false_alarm,
-                scorer=scorer)
+                scorer=scorer, pool="")
+
+
+def vet_encoder(*, steps, false_alarm=0.05):
+    """The detectors of encoders (docs/papers.md, Vetting); labels of the data are the oracle."""
+    search = oracle_finetune(clean_fraction=1.0, validation_split="", batch_size=1, steps=1,
+                             rates=(), error=0.0)
+    inversion = decree(clean_fraction=1.0, steps=steps)
+    return dict(name="vet_encoder", false_alarm=false_alarm, clean_encoders=(),
+                decree={k: v for k, v in inversion.items() if k not in ("name", "clean_fraction")},
+                scan={k: search[k] for k in ("oracle", "scan", "curate")})
+
+
+def vet_dataset(*, false_alarm=0.01, level=0.05):
+    """The detectors of rows (docs/papers.md, Vetting). `pool` "data": the rows to be judged are
+    the train split of the data; "" those of a run folder, as it has them."""
+    return dict(name="vet_dataset", false_alarm=false_alarm, level=level, clean_data="",
+                clean_split="", scorer="", pool="data", density=dict(k=16, batch=2048))
 
 
 def bdetclip(*, clean_fraction, validation_split, false_alarm=0.05):
@@ -383,7 +401,10 @@ def debug(cfg):
         cfg.defense.suspects = 20
     if "action" in cfg.defense:
         cfg.defense.sure = 0.01  # an oracle of 2 steps is sure of nothing
-    if "scan" in cfg.defense:
-        cfg.defense.scan.update(screen=40, limit=4)
-        cfg.defense.curate.searched = 2
+    search = cfg.defense.scan if cfg.defense.name == "vet_encoder" else cfg.defense
+    if "scan" in search:
+        search.scan.update(screen=40, limit=4)
+        search.curate.searched = 2
+    if cfg.defense.name == "vet_encoder":
+        cfg.defense.decree.update(steps=2, batch_size=16)
     return cfg

@@ -54,8 +54,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def main(argv: list[str]) -> None:
-    """Checks everything, then runs the stages that are not complete, in their order."""
+def main(argv: list[str]) -> int:
+    """Checks everything, then runs the stages that are not complete, in their order.
+
+    Returns:
+        The exit status: 1 where a vetting found something, else 0.
+    """
     parse_flags(argv)
     host_memory.keep_pages()
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
@@ -67,6 +71,7 @@ def main(argv: list[str]) -> None:
     stages.check(cfg, chosen)
     with run_folder.locked(folder):
         stages.run(cfg, folder, chosen, FORCE.value)
+        return int(stages.suspicious(cfg, folder))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -80,7 +85,7 @@ def _terminate(number, frame):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(sys.argv)
+        sys.exit(main(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,14 +9,17 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import evaluate, lookup, parallel, poison, run_folder
-from jax_cl_bd.data import sources
+from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.pool import Pool
 from jax_cl_bd.defenses import front, incoming
 from jax_cl_bd.defenses.given import Given, Truth
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import attack_metrics
 from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import start
 
+POOLS = ("", "data")  # defense.pool
 STREAM = 3  # of cfg.seed
 
 
@@ -52,6 +55,22 @@ def validation(cfg: ml_collections.ConfigDict):
     return sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
 
 
+def vets(cfg: ml_collections.ConfigDict) -> bool:
+    """Says whether the defense judges an encoder or data of which nothing is known: no benchmark,
+    so no control, no probes, no truth; the exit status is its verdict (its VETS = True)."""
+    if cfg.defense.name == "none":
+        return False
+    return getattr(lookup.load("defenses", cfg.defense.name, offers="run"), "VETS", False)
+
+
+def knows_plan(cfg: ml_collections.ConfigDict, victim: epath.Path) -> bool:
+    """Says whether the plan in the victim's folder is about the data of this config. It is not
+    where there is none, nor where what is vetted is other data (defense.pool)."""
+    if run_folder.weights_alone(victim):
+        return False
+    return not vets(cfg) or cfg.defense.get("pool", "data") == ""
+
+
 def check(cfg: ml_collections.ConfigDict, source) -> None:
     """Finds what is wrong with the settings of this stage before anything is compiled.
 
@@ -60,6 +79,11 @@ def check(cfg: ml_collections.ConfigDict, source) -> None:
     if cfg.defense.name == "none":
         return
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
+    if vets(cfg):
+        defense.check(cfg, len(source))
+        return
+    if cfg.victim:
+        _check_victim(cfg, defense, source)
     if not 0 < cfg.defense.clean_fraction <= 1:
         raise UserError(f"defense.clean_fraction={cfg.defense.clean_fraction} must lie in (0, 1]")
     labelled = (source.table(np.arange(len(source)))[0] >= 0).any()
@@ -70,24 +94,46 @@ def check(cfg: ml_collections.ConfigDict, source) -> None:
     defense.check(cfg, round(cfg.defense.clean_fraction * len(source)))
 
 
+def _check_victim(cfg, defense, source):
+    """Refuses a defense that needs what nobody has of a victim from elsewhere."""
+    pool, alone = cfg.defense.get("pool", ""), run_folder.from_elsewhere(cfg)
+    if pool not in POOLS:
+        raise unknown("defense.pool", pool, POOLS)
+    if pool and not alone:
+        raise UserError(f"defense.pool={pool!r} is for a victim from elsewhere; {cfg.victim} is a "
+                        "run folder, which knows what it was trained on")
+    if alone and not pool and getattr(defense, "NEEDS_POOL", False):
+        raise UserError(f"defense {cfg.defense.name} needs the rows that the suspect was trained "
+                        f"on, and {cfg.victim} does not say which; if they are the train split of "
+                        f"{cfg.data.name!r}, say so: --config.defense.pool=data")
+    if alone and not getattr(defense, "VERDICT_ONLY", False):
+        texts.check(cfg, source)  # what is trained on the data
+
+
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
     """Defends the victim of one run folder; results go to defenses/<name> of `folder`.
 
     The control is defended alike, as what the defense does without a backdoor; not so by a defense
     that never looks at the victim (USES_VICTIM = False), whose rival is then the control itself,
-    and not twice where the victim is its own control.
+    and not twice where the victim is its own control. A victim from elsewhere has neither plan nor
+    control, and there is no truth to score by.
     """
     began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     mesh = parallel.make_mesh(cfg.mesh)
-    plan, rows = poison.load(victim)
-    source = sources.load(cfg.data, "train")
-    clean = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
-                                              cfg.seed))
-    pools = {"victim": Pool(source, plan, rows), "control": Pool(source)}  # what each has seen
+    vetting, known = vets(cfg), knows_plan(cfg, victim)
+    plan, rows = poison.load(victim) if known else (Plan.empty(), None)
+    source = clean = sources.load(cfg.data, "train")
+    if not vetting:
+        clean = sources.Subset(source, clean_rows(plan, len(source), cfg.defense.clean_fraction,
+                                                  cfg.seed))
+    pools = {"victim": None, "control": Pool(source)}  # what each has seen
+    if known or vetting or cfg.defense.get("pool", "") == "data":
+        pools["victim"] = Pool(source, plan, rows)
     held_out = validation(cfg)
     trigger = poison.load_trigger(cfg, victim)
-    tests = evaluate.test_data(cfg, trigger)
+    verdict_only = getattr(defense, "VERDICT_ONLY", False)
+    tests = None if verdict_only else evaluate.test_data(cfg, trigger)
     arriving, triggered = None, None
     if getattr(defense, "NEEDS_INCOMING", False):  # of the data that the suspect was trained on
         arriving, triggered = incoming.make(tests.own or tests)
@@ -95,13 +141,15 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     out = folder / "defenses" / cfg.defense.name
     results = {}
     suspects = [("victim", victim, out)]
-    control = run_folder.control_of(cfg, victim)
+    control = None if vetting else run_folder.control_of(cfg, victim)
     uses_victim = getattr(defense, "USES_VICTIM", True)
     if uses_victim and control not in (None, victim):
         suspects.append(("control", control, out / "control"))
     for label, place, where in suspects:
-        suspect = encoders.load(place, mesh)
-        truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison, triggered)
+        suspect = start.open_victim(cfg, place, mesh)
+        truth = None
+        if known and not (vetting and not len(plan)):
+            truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison, triggered)
         data = Given(clean, held_out, pools[label], arriving)
         outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)
         row = {"verdict": outcome.verdict}
@@ -112,7 +160,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
             if outcome.classify:
                 row |= attack_metrics.rows("own_head", outcome.classify(outcome.variables), tests,
                                            repaired, labelled_rows=len(clean))
-            if outcome.points:
+            if outcome.points and tests.placements:
                 row["front"] = front.measure(outcome, suspect, tests, mesh)
         run_folder.write_json(where / "report.json", outcome.report)
         results[label] = row

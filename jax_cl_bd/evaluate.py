@@ -16,8 +16,10 @@ from etils import epath
 
 from jax_cl_bd import lookup, metrics, parallel, poison, run_folder
 from jax_cl_bd.data import sources, templates, texts
+from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import alignment, attack_metrics, examples, test_sets, zero_shot
+from jax_cl_bd.models import build, parts, start
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training
 
@@ -96,9 +98,17 @@ def _other_split(cfg, train, trigger):
 
 
 def untrained(cfg: ml_collections.ConfigDict, victim: epath.Path, mesh) -> encoders.Encoder:
-    """The encoder as the victim's training began with it: drawn, or loaded (config.init_from)."""
-    drawn = encoders.of_parts(cfg, training.first_variables(cfg), mesh,
-                              texts.load_tokenizer(cfg, victim))
+    """The encoder as the victim's training began with it: drawn, or loaded (config.init_from). Of
+    a victim of which there are weights alone, one of its kind is drawn."""
+    if not run_folder.weights_alone(victim):
+        tokenizer, variables = texts.load_tokenizer(cfg, victim), training.first_variables(cfg)
+    elif cfg.text.name != "none":
+        tokenizer, variables = tokenizers.load(cfg.text.tokenizer), training.first_variables(cfg)
+    else:
+        side, tokenizer = cfg.data.image_size, None
+        variables = parts.init_variables({"encoder": build.build(cfg.model)},
+                                         training.first_key(cfg), (side, side, 3))
+    drawn = encoders.of_parts(cfg, variables, mesh, tokenizer)
     return dataclasses.replace(drawn, step=0)
 
 
@@ -173,7 +183,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     began = time.monotonic()
     mesh = parallel.make_mesh(cfg.mesh)
     data = test_data(cfg, poison.load_trigger(cfg, victim))
-    found = {"victim": encoders.load(victim, mesh), "untrained": untrained(cfg, victim, mesh)}
+    found = {"victim": start.open_victim(cfg, victim, mesh),
+             "untrained": untrained(cfg, victim, mesh)}
     if (control := run_folder.control_of(cfg, victim)) not in (None, victim):
         found["control"] = encoders.load(control, mesh)
     results, answers = {}, {}
@@ -191,7 +202,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
         _save_examples(folder, answers, data)
     steps = {label: encoder.step for label, encoder in found.items()}
     steps |= {"control": steps["victim"]} if control == victim else {}
-    summary = run_folder.read_json(victim / "poison" / "summary.json")
+    summary = dict.fromkeys(("poisons", "rate_of_dataset", "rate_of_target_class"))
+    if not run_folder.weights_alone(victim):
+        summary = run_folder.read_json(victim / "poison" / "summary.json")
     run_folder.write_json(folder / "results.json", {
         "poison": _poison_row(cfg, summary), **results,
         "defenses": run_folder.kept_defenses(folder),

@@ -177,7 +177,10 @@ def learn_trigger(cfg, source, stage: epath.Path) -> tuple[ModuleType, dict[str,
 
 
 def load_trigger(cfg, folder: epath.Path) -> tuple[ModuleType, dict[str, np.ndarray]]:
-    """The trigger that the poisons of a run folder carry, (module, params)."""
+    """The trigger that the poisons of a run folder carry, (module, params); of a folder of weights
+    alone, the one of the config."""
+    if run_folder.weights_alone(folder):
+        return make_trigger(cfg)
     module = lookup.load("triggers", cfg.attack.trigger.name, offers="apply")
     return module, _read_params(folder / "poison" / "trigger" / "params.npz")
 

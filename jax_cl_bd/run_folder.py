@@ -138,6 +138,18 @@ def kept_defenses(folder: epath.Path) -> dict[str, dict]:
     return {name: row for name, row in rows.items() if is_done(folder / "defenses" / name)}
 
 
+def weights_alone(folder: epath.Path) -> bool:
+    """Says whether a folder holds an encoder and nothing of how it was made: a hub folder, a
+    control, or a defense's folder. Any other is a run folder."""
+    weights = (folder / "model.safetensors").exists() or (folder / "checkpoints").exists()
+    return weights and not (folder / "poison").exists()
+
+
+def from_elsewhere(cfg: ml_collections.ConfigDict) -> bool:
+    """Says whether the victim that a config names came as weights alone."""
+    return bool(cfg.get("victim", "")) and weights_alone(epath.Path(cfg.victim))
+
+
 def is_clean(folder: epath.Path) -> bool:
     """Says whether a run's data were poisoned by nothing at all."""
     path = folder / "poison" / "summary.json"

@@ -13,7 +13,7 @@ from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import start
-from jax_cl_bd.reporting import table
+from jax_cl_bd.reporting import table, vetting
 from jax_cl_bd.train import NonFinite
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
@@ -38,10 +38,15 @@ def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     --config.init_from, what describes the model from those weights.
 
     What changes no result, such as workers or log_every, stays as it is given now; so does
-    data_dir, unless it is empty.
+    data_dir, unless it is empty. Of a victim that is weights alone (a hub folder, a control, a
+    defense's folder) the model is taken and nothing else, and so it is where a vetting names data
+    of its own.
     """
     if not cfg.victim:
         return start.with_weights(cfg)
+    vets = defend.vets(cfg)
+    if run_folder.from_elsewhere(cfg) or (vets and cfg.data.name):
+        return start.of_victim(cfg, needs_text=not vets)
     theirs = run_folder.read_config(epath.Path(cfg.victim))
     merged = ml_collections.ConfigDict(cfg.to_dict()
                                        | {group: theirs[group].to_dict()
@@ -51,6 +56,8 @@ def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         group, _, key = name.partition(".")
         if cfg[group][key] or name != "data.data_dir":
             merged[group][key] = cfg[group][key]
+    if vets:
+        merged.defense.pool = ""  # the rows that this run was trained on, as it has them
     return merged.lock()
 
 
@@ -67,14 +74,20 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
         raise UserError(f"seed={cfg.seed} must not be negative")
     if set(chosen) <= {"report"}:
         return  # it reads no data
+    if not cfg.data.name:
+        raise UserError("data.name is empty: name the data, such as --config.data.name=folder:PATH"
+                        ", or a finished run whose own rows are meant: --config.victim=RUN")
     train = sources.load(cfg.data, "train")
+    if run_folder.from_elsewhere(cfg):
+        chosen = [s for s in chosen if s not in ("poison", "pretrain")]
     if {"poison", "pretrain"} & set(chosen):
         texts.check(cfg, train)
     if "poison" in chosen:
         poison.check(cfg, sources.table(train), train.classes)
     if "pretrain" in chosen:
         pretrain.check(cfg, len(train))
-    if {"pretrain", "evaluate", "defend"} & set(chosen):  # all of them measure
+    measured = cfg.evals.probes or not defend.vets(cfg)
+    if measured and {"pretrain", "evaluate", "defend"} & set(chosen):  # all of them measure
         test = sources.load(cfg.data, "test")
         if tuple(train.classes) != tuple(test.classes):
             raise UserError(f"the train split has {len(train.classes)} classes, the test split "
@@ -93,6 +106,8 @@ def is_done(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> b
     """Says whether a stage is complete; pretrain also needs the control if one is asked for and
     anything is poisoned."""
     if stage == "defend" and cfg.defense.name == "none":
+        return True
+    if stage == "evaluate" and not cfg.evals.probes:  # as a vetting has it
         return True
     done = run_folder.is_done(place_of(cfg, folder, stage))
     if (stage == "pretrain" and cfg.control and not cfg.control_from
@@ -145,6 +160,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
     redone = (force, *DEPENDENTS[force]) if force else ()
     settings = {stage: run_folder.settings_of(cfg, GROUPS[stage]) for stage in GROUPS}
     settings["poison"] = run_folder.settings_of(cfg, _poison_groups(cfg))
+    for stage in {"evaluate", "defend"} & set(chosen):
+        settings[stage] |= _of_elsewhere(cfg, victim)
     _check_settings(cfg, folder, chosen, redone, settings)
     if not cfg.victim:
         _unmark_damaged(cfg, folder, {"pretrain"} & set(chosen)
@@ -155,6 +172,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
     run_folder.write_config(folder, cfg)
     for stage in GROUPS:
         if stage not in chosen or (stage in ("poison", "pretrain") and cfg.victim):
+            continue
+        if stage == "evaluate" and not cfg.evals.probes:
             continue
         if is_done(cfg, folder, stage):
             print(f"{stage}: complete", flush=True)
@@ -172,6 +191,26 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
         if stage != "pretrain":  # which marks victim and control by itself
             run_folder.finish(place, settings[stage])
     _print_results(folder)
+
+
+def suspicious(cfg: ml_collections.ConfigDict, folder: epath.Path) -> bool:
+    """Says whether the config's defense is a vetting that is complete and found something."""
+    place = place_of(cfg, folder, "defend")
+    if not defend.vets(cfg) or not run_folder.is_done(place):
+        return False
+    return bool(run_folder.read_json(place / "results.json")["verdict"]["suspicious"])
+
+
+def _of_elsewhere(cfg, victim: epath.Path) -> dict[str, str]:
+    """Fingerprints of what the config does not describe: another's weights, and data to be
+    vetted."""
+    found, vets = {}, defend.vets(cfg)
+    if run_folder.from_elsewhere(cfg) or (vets and cfg.victim):
+        found["victim"] = start.fingerprint(start.open_victim(cfg, victim))
+    if vets:
+        source = sources.load(cfg.data, "train")
+        found["rows"] = poison.fingerprint(source, sources.table(source))["sha256"]
+    return found
 
 
 def _to_do(cfg, folder, chosen, redone) -> set[str]:
@@ -206,9 +245,13 @@ def _check_order(cfg, folder, victim, chosen, redone) -> None:
         before = needs[stage]
         complete = run_folder.is_done(victim / before) if cfg.victim else is_done(
             cfg, folder, before) and before not in redone
+        if run_folder.from_elsewhere(cfg):
+            complete = True
         if not complete and (cfg.victim or before not in chosen):
             raise UserError(f"{stage} needs the {before} stage of {victim}, which is not complete; "
                             f"run it first (add {before} to --stages)")
+        if cfg.victim and not defend.knows_plan(cfg, victim):
+            continue  # the data are others
         if not data_checked and run_folder.is_done(victim / "poison"):
             poison.check_data(cfg, victim)
             data_checked = True
@@ -256,8 +299,12 @@ def _poison_groups(cfg) -> tuple[str, ...]:
 def _print_results(folder: epath.Path) -> None:
     """Ends a run with its table and the place of its report, as far as they exist."""
     results, page = folder / "results.json", folder / "report" / "index.html"
-    if results.exists() and "victim" in (found := run_folder.read_json(results)):
+    found = run_folder.read_json(results) if results.exists() else {}
+    if "victim" in found:
         print(f"\n{table.text(found)}\n", flush=True)
+    for name, row in found.get("defenses", {}).items():
+        if vetting.of(row):
+            print(f"\n{vetting.text(name, row)}\n", flush=True)
     if page.exists():
         print(f"report: {page}", flush=True)
 

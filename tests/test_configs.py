@@ -37,6 +37,8 @@ VARIANTS = {
     "layout_law": ["case=free"],
     "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol",
                 "objective=simsiam", "reduced,objective=byol"],
+    "vet_encoder": ["data=digits,split=train"],
+    "vet_dataset": ["", "objective=simclr"],
     "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam"],
 }
 
@@ -168,6 +170,46 @@ def test_clip_pairs_in_debug_mode(tmp_path):
     assert again["retrieval"] == results["victim"]["retrieval"]
     assert set(again) == {"retrieval", "z_score", "alignment"} and not again["alignment"]
     assert (tmp_path / "again" / "report" / "index.html").exists()
+
+
+def run_all(cfg, folder):
+    cfg.mesh.data = 1
+    cfg = stages.with_victim(cfg)
+    chosen = list(stages.GROUPS)
+    stages.check(cfg, chosen)
+    stages.run(cfg, epath.Path(folder), chosen)
+    return json.loads((folder / "results.json").read_text())["defenses"], cfg
+
+
+def test_vet_dataset_in_debug_mode(tmp_path, capsys):
+    """An encoder is pretrained on the data; there is nothing to poison and nothing to measure."""
+    cfg = config("vet_dataset", "debug")
+    cfg.data.name = "scenes"
+    found, cfg = run_all(cfg, tmp_path / "run")
+    verdict = found["vet_dataset"]["verdict"]
+    assert verdict["rows"] == 200 and verdict["clean_rows"] == 100
+    assert verdict["clean_rows_from"] == "split 'test' of 'scenes'"
+    assert {f["detector"] for f in verdict["findings"]} == {"k_distance", "slof", "lid", "dao",
+                                                            "cosine"}
+    assert len(verdict["suspects"]) == 20 and verdict["suspects"][0]["captions"]
+    assert "auroc" not in verdict["details"]["cosine_filter"]  # nobody knows the truth
+    assert not (tmp_path / "run" / "evaluate").exists()
+    said = capsys.readouterr().out
+    assert "suspect 20: row" in said and "not checked:" in said
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "Vetting of scenes" in page and "vet_dataset_suspects" in {
+        p.stem for p in (tmp_path / "run" / "report").glob("*.png")}
+    assert stages.suspicious(cfg, epath.Path(tmp_path / "run")) == verdict["suspicious"]
+
+
+@pytest.mark.slow
+def test_vet_dataset_of_images_in_debug_mode(tmp_path):
+    cfg = config("vet_dataset", "debug,objective=simclr")
+    cfg.data.name = "digits"
+    found, _ = run_all(cfg, tmp_path)
+    verdict = found["vet_dataset"]["verdict"]
+    assert len(verdict["findings"]) == 4
+    assert "cosine_filter: the rows have no captions" in verdict["not_checked"]
 
 
 def test_layout_law_in_debug_mode(tmp_path):

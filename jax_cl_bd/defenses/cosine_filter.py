@@ -22,6 +22,8 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 
+VERDICT_ONLY = True  # no model comes out
+NEEDS_POOL = True  # the rows that the suspect was trained on
 _SHOWN = 32  # images in the picture of the report, in lines of 16
 
 

@@ -34,6 +34,8 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives.embeddings import EXACT
 
+VERDICT_ONLY = True  # no model comes out
+NEEDS_POOL = True  # the rows that the suspect was trained on
 SCORES = ("k_distance", "slof", "lid", "dao")
 WORST = 1000.0  # stands for NaN and inf, as in the released code
 _SEED = 7937

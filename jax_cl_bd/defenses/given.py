@@ -12,9 +12,10 @@ class Given:
 
     clean: trusted images or pairs, which the attack has not touched. validation: labelled images
     that were not trained on, to choose settings by, or None (defense.validation_split). pool: the
-    set that the suspect was trained on (data/pool.py), poisons among its rows. incoming: images
-    without labels that arrive at test time, half of them triggered (incoming.py); for a defense
-    that says NEEDS_INCOMING = True, else None.
+    set that the suspect was trained on (data/pool.py), poisons among its rows; None where nobody
+    has it (a victim from elsewhere, unless defense.pool says that the data are it). incoming:
+    images without labels that arrive at test time, half of them triggered (incoming.py); for a
+    defense that says NEEDS_INCOMING = True, else None.
     """
 
     clean: Any

@@ -29,6 +29,7 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
 
 NEEDS_LABELS = True  # of the images, for its oracle and its validation
+NEEDS_POOL = True  # the pairs that the suspect was trained on
 ACTIONS = ("drop", "relabel")
 _SEED = 7949  # of the draws, beside cfg.seed
 

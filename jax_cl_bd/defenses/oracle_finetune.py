@@ -31,6 +31,7 @@ from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.metrics import Progress
 
 NEEDS_LABELS = True  # of the images, for its oracle and its validation
+NEEDS_POOL = True  # the pairs that the suspect was trained on
 SHOWN = 16  # candidates in the picture of the report
 _AT_ONCE = 2048  # images of the pool held in memory
 
@@ -38,6 +39,14 @@ _AT_ONCE = 2048  # images of the pool held in memory
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
     _sweep.check(cfg)
+    check_search(cfg)
+    if clean < 2:
+        raise UserError("defense oracle_finetune needs trusted images; raise "
+                        f"defense.clean_fraction={cfg.defense.clean_fraction}")
+
+
+def check_search(cfg: ml_collections.ConfigDict) -> None:
+    """Finds bad settings of the oracle, of the scan and of what follows it. Raises UserError."""
     _oracle.check(cfg)
     _regions.check(cfg.defense.oracle)
     scan, curate = cfg.defense.scan, cfg.defense.curate
@@ -58,9 +67,6 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if not -1 < curate.correlation <= 1 or curate.searched < 0:
         raise UserError(f"defense.curate.correlation={curate.correlation} must lie in (-1, 1] and "
                         f"searched={curate.searched} be 0 or more")
-    if clean < 2:
-        raise UserError("defense oracle_finetune needs trusted images; raise "
-                        f"defense.clean_fraction={cfg.defense.clean_fraction}")
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -86,9 +92,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     rng = np.random.default_rng([cfg.seed, len(pool)])
     head = zero_shot.class_weights(suspect, pool.classes, templates.PROMPTS)
     claims = _find_trigger.suspect_of(suspect, head)
-    candidates, counts = _scan(cfg, claims, pool, data.clean, ground, regions, label, rng)
+    candidates, counts = scan_pool(cfg, claims, pool, data.clean, ground, regions, label, rng)
     lap("find trigger")
-    triggers = _verified(cfg, claims, candidates, counts, data.clean, rng)
+    triggers = verified(cfg, claims, candidates, counts, data.clean, rng)
     lap("verify")
     found = _victims(cfg, claims, pool, data.clean, triggers, ground, regions, label)
     lap("find victims")
@@ -97,7 +103,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         verdict |= _score(truth, suspect.image_size, candidates, triggers, found)
     # Rows of the set that was trained on, see data/poisoned.py: what there is to throw away.
     report = {"seconds": seconds, "victims": [int(pool.order[row]) for row in sorted(found)],
-              "pictures": _draw(folder, pool, candidates, triggers, suspect.image_size)}
+              "pictures": draw(folder, pool, candidates, triggers, suspect.image_size)}
     if not triggers:
         own = _sweep.described(cfg)
         _sweep.keep(folder, own, suspect.pair.variables, 0, suspect)
@@ -117,7 +123,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
 
 
-def _scan(cfg, suspect, pool, clean, ground, regions, label, rng):
+def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):
     """Screens part of the pool with whole images, then looks into those that tell most."""
     scan = cfg.defense.scan
     rows = np.sort(rng.permutation(len(pool))[:scan.screen])
@@ -143,7 +149,7 @@ def _scan(cfg, suspect, pool, clean, ground, regions, label, rng):
     return found
 
 
-def _verified(cfg, suspect, candidates, counts, clean, rng):
+def verified(cfg, suspect, candidates, counts, clean, rng):
     """The flagged labels whose trigger moves clean images there, the surest first."""
     labels = np.asarray(clean.table(np.arange(len(clean)))[0])
     rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:cfg.defense.curate.flips]
@@ -153,12 +159,12 @@ def _verified(cfg, suspect, candidates, counts, clean, rng):
         bank = _pinpoint.bank_of([c for c in candidates if c.label == label])
         trigger = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
                                    len(clean.classes), rng)
-        if _rate(trigger, labels[rows]) >= cfg.defense.curate.rho:
+        if rate_of(trigger, labels[rows]) >= cfg.defense.curate.rho:
             triggers.append(trigger)
     return sorted(triggers, key=lambda t: -t.flips.sum())
 
 
-def _rate(trigger, labels):
+def rate_of(trigger, labels):
     """The mean flip over the classes that there are, the label itself left out."""
     classes = [c for c in np.unique(labels) if c >= 0 and c != trigger.label]
     return float(trigger.flips[classes].mean()) if classes else 0.0
@@ -247,7 +253,7 @@ def _score(truth, side, candidates, triggers, found) -> dict:
             "victim_recall": hits / int(poisoned.sum())}
 
 
-def _draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
+def draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
     """Draws candidates.png, images of the pool with the suspected region framed, and trigger.png;
     gives their captions."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ USES_VICTIM = False  # so it is run once, and not again for the control
 
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` images are there to train on."""
+    training.check(cfg)  # of a victim from elsewhere nobody has asked yet
     d = cfg.defense
     parallel.check_batch(d.batch_size, parallel.make_mesh(cfg.mesh), "defense.batch_size")
     if clean < d.batch_size:

@@ -40,6 +40,7 @@ from jax_cl_bd.objectives import training, unlearn_tokens
 from jax_cl_bd.train import fit
 
 NEEDS_LABELS = True  # of the validation images
+NEEDS_POOL = True
 OVERFIT_BY = ("pull_together", "clip")
 _SHOWN = 32  # images in the picture of the report, in two lines
 

@@ -1,16 +1,21 @@
-"""Training that starts from published weights, or from another run's (config.init_from).
+"""Weights from elsewhere: to train on (config.init_from), or to be judged (config.victim).
 
 The folder is one of Hugging Face's CLIP or SigLIP, one with a ResNet's model.safetensors, or a
 finished run's (a control's or a defense's too). An image-text objective takes all parts, an image
 objective the encoder alone; its heads are drawn.
 """
 
+import dataclasses
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
 
 from jax_cl_bd import parallel, run_folder
+from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import pair
@@ -30,21 +35,69 @@ def with_weights(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     if not cfg.init_from:
         return cfg
-    theirs = _described(epath.Path(cfg.init_from))
-    merged = cfg.to_dict()
-    merged["model"] = _taken(theirs["model"], merged["model"])
-    merged["data"] |= {name: theirs["data"][name] for name in ("mean", "std", "image_size")}
+    theirs = described(cfg.init_from, "init_from")
     if cfg.text.name != "none":
         _check_kind(cfg, theirs)
-        merged["text"] = _taken(theirs["text"], merged["text"])
-        merged["text"]["tokenizer"] = theirs["text"]["tokenizer"] or cfg.text.tokenizer
-        merged["objective"] |= {name: theirs["objective"][name] for name in SHARED
-                                if name in theirs["objective"]}
-        if not merged["text"]["tokenizer"]:
-            raise UserError(f"init_from={cfg.init_from!r} has no tokenizer.json, so nothing says "
-                            "which ids its text tower knows; put the model's own there, or name "
-                            "it: --config.text.tokenizer=FILE")
+    merged = _merged(cfg, theirs)
+    if cfg.text.name != "none":
+        merged["objective"] |= _heads(theirs)
+        _check_tokenizer(merged, f"init_from={cfg.init_from!r}")
     return ml_collections.ConfigDict(merged).lock()
+
+
+def of_victim(cfg: ml_collections.ConfigDict, *, needs_text: bool = True
+              ) -> ml_collections.ConfigDict:
+    """With a --config.victim of which there are weights alone, takes what describes the model from
+    there, as `with_weights` does, and says that nothing is known of any attack on it.
+
+    An image-text experiment takes the model's own kind of objective, and gets along without a text
+    tower where there is none; an experiment on images takes the image tower alone. No trigger is
+    tested, unless attack.trigger_from names one. `needs_text`: refuses a text tower without a
+    tokenizer.
+
+    Raises:
+        UserError: no weights there, or no tokenizer.
+    """
+    theirs = described(cfg.victim, "victim")
+    merged = _merged(cfg, theirs)
+    if cfg.text.name != "none" and not _has_text(theirs):
+        merged["text"] = {"name": "none"}
+    elif cfg.text.name != "none":
+        kept = {name: value for name, value in merged["objective"].items() if name not in SHARED}
+        merged["objective"] = {"ring": False, **kept, "name": theirs["objective"]["name"],
+                               **_heads(theirs)}
+        if needs_text:
+            _check_tokenizer(merged, f"victim={cfg.victim!r}")
+    merged["attack"] |= {"name": "none", "poisons": 0}
+    if not cfg.attack.trigger_from:
+        merged["attack"]["trigger"]["name"] = "none"
+        merged["attack"]["target"] = 0
+    return ml_collections.ConfigDict(merged | {"init_from": ""}).lock()
+
+
+def open_victim(cfg: ml_collections.ConfigDict, folder: epath.Path, mesh=None
+                ) -> encoders.Encoder:
+    """Loads a victim as its config takes it: of images alone, or with the tokenizer that the config
+    names where the folder has none."""
+    found = encoders.load(folder, mesh)
+    if found.pair is None:
+        return found
+    if cfg.text.name == "none":
+        return dataclasses.replace(found, pair=None)
+    if found.pair.tokenizer is None and cfg.text.tokenizer:
+        pair = dataclasses.replace(found.pair, tokenizer=tokenizers.load(cfg.text.tokenizer))
+        return dataclasses.replace(found, pair=pair)
+    return found
+
+
+def fingerprint(encoder: encoders.Encoder) -> str:
+    """SHA-256 of an encoder's weights and of how images come to it, whatever file they lay in."""
+    variables = encoder.variables if encoder.pair is None else encoder.pair.variables
+    digest = hashlib.sha256(repr((encoder.mean, encoder.std, encoder.image_size)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(variables)):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def load(cfg: ml_collections.ConfigDict) -> dict:
@@ -80,9 +133,14 @@ def placed(variables: dict, weights: dict) -> dict:
             for kind in ("params", "batch_stats")}
 
 
-def _described(folder: epath.Path) -> dict:
-    """{"model", "text", "objective", "data"} of a folder's model, as dicts; of a ResNet without
-    text and objective."""
+def described(path: str, field: str) -> dict:
+    """{"model", "text", "objective", "data"} of the model in a folder that a field of the config
+    names, as dicts; of a ResNet without text and objective.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    folder = epath.Path(path)
     if (folder / "model.safetensors").exists():
         from jax_cl_bd.models import hub, hub_clip_config  # read only when asked for
 
@@ -90,13 +148,39 @@ def _described(folder: epath.Path) -> dict:
             return hub_clip_config.read(folder)
         return hub.load_resnet(folder)[0]
     if not (folder / "config.json").exists():
-        raise UserError(f"init_from={str(folder)!r} is neither a run folder (config.json and "
+        raise UserError(f"{field}={str(folder)!r} is neither a run folder (config.json and "
                         "checkpoints) nor a folder with model.safetensors")
     theirs = run_folder.read_config(folder)
-    described = {group: theirs[group].to_dict() for group in ("model", "text", "objective", "data")}
+    found = {group: theirs[group].to_dict() for group in ("model", "text", "objective", "data")}
     if theirs.text.name != "none":
-        described["text"]["tokenizer"] = str(encoders.tokenizer_file(folder))
-    return described
+        found["text"]["tokenizer"] = str(encoders.tokenizer_file(folder))
+    return found
+
+
+def _merged(cfg, theirs):
+    """The config with a model's own description, its text tower where the config has one."""
+    merged = cfg.to_dict()
+    merged["model"] = _taken(theirs["model"], merged["model"])
+    merged["data"] |= {name: theirs["data"][name] for name in ("mean", "std", "image_size")}
+    if cfg.text.name != "none" and _has_text(theirs):
+        merged["text"] = _taken(theirs["text"], merged["text"])
+        merged["text"]["tokenizer"] = theirs["text"]["tokenizer"] or cfg.text.tokenizer
+    return merged
+
+
+def _heads(theirs):
+    return {name: theirs["objective"][name] for name in SHARED if name in theirs["objective"]}
+
+
+def _has_text(theirs):
+    return theirs.get("text", {"name": "none"})["name"] != "none"
+
+
+def _check_tokenizer(merged, said):
+    if not merged["text"]["tokenizer"]:
+        raise UserError(f"{said} has no tokenizer.json, so nothing says which ids its text tower "
+                        "knows; put the model's own there, or name it: "
+                        "--config.text.tokenizer=FILE")
 
 
 def _taken(theirs: dict, own: dict) -> dict:
@@ -104,7 +188,7 @@ def _taken(theirs: dict, own: dict) -> dict:
 
 
 def _check_kind(cfg, theirs):
-    if theirs.get("text", {"name": "none"})["name"] == "none":
+    if not _has_text(theirs):
         raise UserError(f"init_from={cfg.init_from!r} holds an image encoder alone, and objective "
                         f"{cfg.objective.name!r} trains a text tower too; name an image-text model")
     found, wanted = pair.kind(theirs["objective"]), pair.kind(cfg.objective)

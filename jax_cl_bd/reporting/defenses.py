@@ -1,6 +1,6 @@
 """The section of a report on defenses: verdict, pictures, and the repaired encoder."""
 
-from jax_cl_bd.reporting import figures, html
+from jax_cl_bd.reporting import figures, html, vetting
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.read import Run, probes
 from jax_cl_bd.reporting.tables import flat, heading, rates_table
@@ -12,6 +12,8 @@ def section(run: Run, pictures: list[Picture]) -> str:
         return html.section("Defenses", html.paragraph("No defense was run.", "note"))
     parts = []
     for name, found in run.defenses.items():
+        if vetting.of(found):  # has a section of its own
+            continue
         parts.append(f"<h3>{html.text(name)}</h3>")
         known = [(k.replace("_", " "), f"{v:.4g}" if isinstance(v, float) else v)
                  for k, v in flat(found.get("verdict", {}))]

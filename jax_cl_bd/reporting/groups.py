@@ -54,7 +54,8 @@ def key_of(settings: dict) -> dict[str, str]:
 def evaluated(cfg: ml_collections.ConfigDict) -> dict[str, str]:
     """The key of what victim, control and untrained encoder were made and measured with."""
     names = tuple(group for group in run_folder.EVALUATE_GROUPS if group != "control_from")
-    return key_of(run_folder.settings_of(cfg, names))
+    key = key_of(run_folder.settings_of(cfg, names))
+    return key | ({"victim": repr(cfg.victim)} if run_folder.from_elsewhere(cfg) else {})
 
 
 def split(runs: list[Run], key_of_run=evaluated) -> list[tuple[str, list[Run]]]:

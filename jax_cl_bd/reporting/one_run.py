@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jax_cl_bd.reporting import defenses, figures, html, image_text, training, words
+from jax_cl_bd import run_folder
+from jax_cl_bd.reporting import defenses, figures, html, image_text, training, vetting, words
 from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.pairs import pair_probability
 from jax_cl_bd.reporting.read import Run, probes
@@ -18,6 +19,12 @@ MEANING = ("Rates are shares of the test images; below each, its 95 % Wilson int
 def build(run: Run, command: str | None) -> tuple[str, list[Picture]]:
     """Gives the page and its pictures."""
     pictures: list[Picture] = []
+    if vetted := vetting.section(run, pictures):  # no benchmark: nothing is known of an attack
+        title = f"Vetting of {run.cfg.victim or run.cfg.data.name}"
+        shown = [f"<h1>{html.text(title)}</h1>", vetted]
+        if not run.cfg.victim:
+            shown.append(training.section(run, pictures))
+        return html.page(title, [*shown, about(run, command)]), pictures
     sections = [f"<h1>{html.text(words.title(run))}</h1>", html.paragraph(words.what(run), "what"),
                 html.paragraph(words.headline(run), "headline"), tiles(run),
                 poison(run, pictures), training.section(run, pictures), measured(run, pictures),
@@ -52,6 +59,9 @@ def number_of(row: dict, key: str) -> str:
 def poison(run: Run, pictures: list[Picture]) -> str:
     """What was put into the data: counts, preview, layout and its pair probability."""
     s = run.summary
+    if s is None and run_folder.from_elsewhere(run.cfg):
+        return html.section("Poison", html.paragraph(
+            "Nothing is known of how this encoder was made: no plan, no control.", "note"))
     if s is None:
         return html.section("Poison", html.paragraph("The poison stage has not run.", "note"))
     if not s["poisons"]:

@@ -1,5 +1,6 @@
 """Sentences built from results."""
 
+from jax_cl_bd import run_folder
 from jax_cl_bd.reporting.html import number
 from jax_cl_bd.reporting.read import OF_CONTROL, Run, probes
 
@@ -12,6 +13,8 @@ ENCODERS = ("victim", "control", "untrained")
 def title(run: Run) -> str:
     """What was run, in a line."""
     attack = run.cfg.attack.name
+    if run_folder.from_elsewhere(run.cfg):
+        return f"The encoder of {run.cfg.victim} on {run.cfg.data.name}"
     what = "Clean pretraining" if attack == "none" else attack.replace("_", " ").capitalize()
     what = what.replace("Image text", "Image-text").replace("Badclip", "BadCLIP")
     return f"{what} on {run.cfg.data.name}, {run.cfg.objective.name}"
@@ -20,6 +23,8 @@ def title(run: Run) -> str:
 def what(run: Run) -> str:
     """Model, length, seed and poison counts, in a line."""
     cfg, parts = run.cfg, []
+    if run_folder.from_elsewhere(run.cfg):
+        return f"{cfg.model.name} at {cfg.data.image_size} px"
     lines = run.metrics.get("victim")
     steps = cfg.train.steps or (lines[-1]["step"] if lines else 0)
     length = f"{steps:,} steps" if steps else f"{cfg.train.epochs} epochs"

@@ -1,0 +1,210 @@
+"""Vetting of an encoder by somebody who knows nothing of how it was made.
+
+No paper's: every detector of this library that judges an encoder, each through its own module, on
+the defender's clean images (the data of the config, all of them). A detector gives one score,
+higher is more suspicious:
+
+    decree   1 - PL1, PL1 the smallest mask that makes all images alike (defenses/decree.py); 0
+             where none does
+    scan     the share of clean images that the trigger found takes to its label, by the search of
+             defenses/oracle_finetune.py over the same images, whose labels are the oracle; 0 where
+             no label stands out. A trigger is found only where some of the images carry one.
+
+Thresholds come from the scores of `defense.clean_encoders`, known clean encoders of the same
+architecture, at `defense.false_alarm` for each detector (_vetting.threshold). Their scores are kept
+in the run folder under calibration/, by the digest of their weights. Without any, a detector's own
+default stands in, and the verdict says that it is not calibrated: nobody knows its rate.
+
+Verdict {"suspicious", "findings", "not_checked", ...}; no model comes out. There is no truth here.
+"""
+
+import hashlib
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jax_cl_bd.data import captions, sources, templates
+from jax_cl_bd.defenses import (_find_trigger, _oracle, _regions, _vetting, decree,
+                                oracle_finetune)
+from jax_cl_bd.defenses.given import Given
+from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import UserError
+from jax_cl_bd.evals import zero_shot
+from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import start
+
+VETS = True
+VERDICT_ONLY = True
+_LOOKED_AT = 64  # images whose pixels tell one data set from another
+NEVER = ("triggers that work on images of some classes only (source-specific)",
+         "triggers in texts",
+         "triggers that are no patch, such as warps or changes of colour",
+         "poisons without a trigger (targeted images, mismatched pairs)")
+
+
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings before anything is compiled; `clean` images are there.
+
+    Raises:
+        UserError: no victim, a bad setting, or clean encoders that are none or of another kind.
+    """
+    d = cfg.defense
+    if not cfg.victim:
+        raise UserError("defense vet_encoder judges an encoder from elsewhere: "
+                        "--config.victim=FOLDER, of a run or with model.safetensors")
+    if not 0 < d.false_alarm < 1:
+        raise UserError(f"defense.false_alarm={d.false_alarm} must lie in (0, 1)")
+    decree.check(_vetting.part(cfg, "decree"), min(clean, d.decree.images))
+    oracle_finetune.check_search(_vetting.part(cfg, "scan"))
+    seen = {}
+    for path in (cfg.victim, *d.clean_encoders):
+        if path != cfg.victim:
+            _check_alike(cfg, path)
+        mark = start.fingerprint(start.open_victim(cfg, epath.Path(path)))
+        if mark in seen:
+            raise UserError(f"defense.clean_encoders has {path!r}, whose weights are those of "
+                            f"{seen[mark]!r}; each must be another encoder than the rest and the "
+                            "suspect")
+        seen[mark] = path
+
+
+def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
+    """Judges `victims[0]` on the images of `data.clean`; never uses `truth`."""
+    del truth
+    d, suspect = cfg.defense, victims[0]
+    clean = [start.open_victim(cfg, epath.Path(path), mesh) for path in d.clean_encoders]
+    marked = {start.fingerprint(encoder): encoder for encoder in clean}
+    findings, not_checked, pictures = [], list(NEVER), {}
+    facts = {"seed": cfg.seed, "images": _digest(data.clean), "side": suspect.image_size}
+    for name, refusal, detect in DETECTORS:
+        if why := refusal(suspect, data.clean):
+            not_checked.append(f"{name}: {why}")
+            continue
+        about = facts | {"settings": d[name].to_dict()}
+
+        def found_in(encoder, mark, place):
+            return _vetting.kept(place / name, about | {"weights": mark}, lambda: detect(
+                cfg, encoder, data.clean, mesh, place / name, key))
+
+        found = found_in(suspect, start.fingerprint(suspect), folder)
+        home = folder.parent.parent / "calibration"
+        scores = [found_in(encoder, mark, home / mark[:16])["score"]
+                  for mark, encoder in marked.items()]
+        findings.append({"detector": name, **_judged(found, scores, d.false_alarm)})
+        pictures |= _vetting.shown(folder, name, found["pictures"])
+    if not clean:
+        not_checked.append("no clean encoders: thresholds are the detectors' defaults, with a "
+                           "false alarm rate that nobody knows")
+    findings.sort(key=lambda f: (not f["suspicious"], f["threshold"] - f["score"]))
+    verdict = {"suspicious": any(f["suspicious"] for f in findings), "calibrated": bool(clean),
+               "clean_encoders": len(clean), "false_alarm": d.false_alarm,
+               "smallest_false_alarm": 1 / (len(clean) + 1) if clean else None,
+               "images": len(data.clean), "findings": findings, "not_checked": not_checked}
+    return Outcome(verdict, None, {"pictures": pictures})
+
+
+def _judged(found: dict, clean: list[float], false_alarm: float) -> dict:
+    """A detector's finding by the scores of clean encoders, or by its default without any."""
+    if clean:
+        limit, rate = _vetting.threshold(np.array(clean), false_alarm)
+    else:
+        limit, rate = found["default"], None
+    return {"suspicious": found["score"] > limit, "score": found["score"], "threshold": limit,
+            "calibrated": bool(clean), "false_alarm": rate, "clean_scores": sorted(clean),
+            "says": found["says"], "details": found["details"]}
+
+
+def _check_alike(cfg, path):
+    """Refuses a folder without an encoder of the suspect's shapes and image size."""
+    theirs = ml_collections.ConfigDict({"text": {"name": "none"}, "objective": {},
+                                        **start.described(path, "defense.clean_encoders")})
+    if cfg.text.name == "none":
+        theirs.text = ml_collections.ConfigDict({"name": "none"})
+    same = (theirs.data.image_size == cfg.data.image_size
+            and (theirs.text.name == "none") == (cfg.text.name == "none")
+            and _shapes(theirs) == _shapes(cfg))
+    if not same:
+        raise UserError(f"defense.clean_encoders has {path!r}, a {theirs.model.name} at "
+                        f"{theirs.data.image_size} px that is not built as the suspect, a "
+                        f"{cfg.model.name} at {cfg.data.image_size} px; calibration needs the same "
+                        "architecture")
+
+
+def _shapes(cfg):
+    tree = encoders.abstract_parts(cfg)
+    return {jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _any_encoder(suspect, clean) -> str:
+    return ""
+
+
+def _needs_words(suspect, clean) -> str:
+    """Why an encoder cannot be asked for the classes of the images."""
+    if suspect.pair is None:
+        return "the encoder has no text tower"
+    if suspect.pair.tokenizer is None:
+        return "there is no tokenizer.json, and --config.text.tokenizer names none"
+    if len(np.unique(_labels(clean)[_labels(clean) >= 0])) < 3:
+        return "it needs images labelled with three classes or more"
+    return ""
+
+
+def _decree(cfg, suspect, clean, mesh, folder, key) -> dict:
+    own = _vetting.part(cfg, "decree")
+    outcome = decree.run(own, [suspect], Given(clean), None, mesh, folder, key)
+    share = outcome.verdict["pl1"]
+    says = ("no patch makes the images alike" if share is None else
+            f"a patch that weighs {share:.4f} of the image makes all images alike")
+    return {"score": 0.0 if share is None else 1 - share, "default": 1 - own.defense.threshold,
+            "says": says, "details": outcome.verdict, "pictures": outcome.report["pictures"]}
+
+
+def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
+    own, side = _vetting.part(cfg, "scan"), suspect.image_size
+    least = own.defense.curate.rho
+    own.defense.curate.rho = -1.0  # whatever a label's trigger does, to be judged afterwards
+    pool = sources.Subset(clean, np.flatnonzero(_labels(clean) >= 0))
+    if not hasattr(pool, "captions"):
+        pool = captions.by_template(pool, 1)
+    ground = _oracle.make(own, pool, mesh, folder, key)
+    head = zero_shot.class_weights(suspect, pool.classes, templates.PROMPTS)
+    claims = _find_trigger.suspect_of(suspect, head)
+    rng = np.random.default_rng([cfg.seed, len(pool)])
+    regions = _regions.make(own.defense.oracle)
+    candidates, counts = oracle_finetune.scan_pool(own, claims, pool, pool, ground, regions,
+                                                   "encoder", rng)
+    triggers = oracle_finetune.verified(own, claims, candidates, counts, pool, rng)
+    labels = _labels(pool)
+    rates = {str(pool.classes[t.label]): oracle_finetune.rate_of(t, labels) for t in triggers}
+    says = "no label stands out" if not rates else "; ".join(
+        f"the suspected trigger takes {rate:.2f} of the images to {label!r}"
+        for label, rate in rates.items())
+    return {"score": float(max(rates.values(), default=0.0)), "default": least, "says": says,
+            "details": {"labels": rates, "images_scanned": int(counts["seen"].sum()),
+                        "candidates": int(counts["found"].sum())},
+            "pictures": oracle_finetune.draw(folder, pool, candidates, triggers, side)}
+
+
+def _digest(source) -> str:
+    """Of the labels and sizes of all rows, and of the pixels of a few spread over them."""
+    digest = hashlib.sha256()
+    for part in source.table(np.arange(len(source))):
+        digest.update(np.asarray(part, np.int64).tobytes())
+    for row in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
+        digest.update(np.ascontiguousarray(source[int(row)]["image"]).tobytes())
+    return digest.hexdigest()
+
+
+def _labels(source):
+    return np.asarray(source.table(np.arange(len(source)))[0])
+
+
+# Name, as which its settings stand in the config; why it cannot be run on this encoder and these
+# images, "" if it can; and detect(cfg, suspect, clean, mesh, folder, key) -> {"score", "default"
+# (its threshold without calibration), "says", "details", "pictures"}.
+DETECTORS = (("decree", _any_encoder, _decree),
+             ("scan", _needs_words, _scan))
