@@ -251,8 +251,9 @@ def cleaner_clip(*, clean_fraction, validation_split, batch_size, steps, rates):
 def ubt(*, clean_fraction, validation_split, batch_size, steps, rates):
     """UBT (docs/papers.md), reconstructed: every number here is ours."""
     return {**_swept("ubt", clean_fraction, validation_split, batch_size, steps, rates),
-            "pool": "", "overfit": dict(fraction=0.1, steps=100, lr=1e-4, objective="pull_together"),
-            "suspects": 100, "clean_looking": 0.5, "bad_share": 0.25, "weight": 1.0, "tokens": 2,
+            "pool": "", "suspects": 100,
+            "overfit": dict(fraction=0.1, steps=100, lr=1e-4, objective="pull_together"),
+            "clean_looking": 0.5, "bad_share": 0.25, "weight": 1.0, "tokens": 2,
             "floor": "strangers", "ascend": "tokens"}
 
 

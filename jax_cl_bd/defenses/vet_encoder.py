@@ -26,8 +26,7 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd.data import captions, sources, templates
-from jax_cl_bd.defenses import (_find_trigger, _oracle, _regions, _vetting, decree,
-                                oracle_finetune)
+from jax_cl_bd.defenses import _find_trigger, _oracle, _regions, _vetting, decree, oracle_finetune
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
