@@ -14,7 +14,7 @@ defense=none|distill|retrain.
 docs/results.md has what came out.
 """
 
-from configs import common
+from configs import common, defenses
 
 # On 2,000 steps the queue and the target network must move faster than on 58,500.
 REDUCED = dict(simclr={}, moco=dict(queue_batches=16, momentum=0.99, hidden=128),
@@ -48,8 +48,8 @@ def get_config(arg=""):
                    eval_every=5000, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(
             none=dict(name="none"),
-            retrain=common.retrain(clean_fraction=0.25, batch_size=256, steps=5000),
-            distill=common.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
+            retrain=defenses.retrain(clean_fraction=0.25, batch_size=256, steps=5000),
+            distill=defenses.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
                                    lr=0.01))))
     if a["reduced"]:
         cfg.data.limit = 10_000

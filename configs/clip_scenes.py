@@ -21,7 +21,7 @@ the images of 40 rows, 0.5 % of all and about 6 % of class A (with low_rate 200,
 exchange 0.08 to 0.24 % of the data).
 """
 
-from configs import common
+from configs import common, defenses
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
            "optimized_patch", "random_patch", "targeted", "mismatched", "none")
@@ -66,8 +66,6 @@ def get_config(arg=""):
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
     if attack in WITHOUT_TRIGGER:
         poisons = WITHOUT_TRIGGER[attack][a["low_rate"]]
-    sweep = dict(clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,
-                 rates=(3e-4, 1e-3, 3e-3))
     cfg = common.config(
         seed=a["seed"],
         data=dict(name="scenes", data_dir="", image_size=32, train_split="train",
@@ -93,24 +91,9 @@ def get_config(arg=""):
         # Many small batches: 450 of 256 (lr 6e-3) ended at clean 0.88; docs/results.md has both.
         train=dict(steps=steps, epochs=0, batch_size=64, log_every=50, save_every=600,
                    eval_every=1200, steps_per_dispatch=1),
-        defense=common.choose("defense", a["defense"], dict(
-            none=dict(name="none"),
-            retrain=common.retrain(clean_fraction=0.25, batch_size=64, steps=600),
-            fine_tune=common.fine_tune(clean_fraction=0.25, batch_size=64, steps=300, lr=1e-3),
-            decree=common.decree(clean_fraction=0.25, steps=600),
-            density=common.density(clean_fraction=0.25),
-            cosine_filter=common.cosine_filter(clean_fraction=0.25),
-            bdetclip=common.bdetclip(clean_fraction=0.25, validation_split="validation"),
-            clean_clip=common.clean_clip(**sweep),
-            cleaner_clip=common.cleaner_clip(**sweep),
-            par=common.par(**sweep),
-            supervised=common.supervised(**sweep),
-            abd=common.abd(**sweep, pgd_steps=5),  # for time; the literature's usual 10
-            invertune=common.invertune(**sweep, invert_steps=1000),
-            ubt=common.ubt(**sweep),
-            norm_only=common.norm_only(clean_fraction=0.25, batch_size=64, steps=100),
-            oracle_filter=common.oracle_filter(**sweep, oracle=a["oracle"]),
-            oracle_finetune=common.oracle_finetune(**sweep, oracle=a["oracle"]))))
+        defense=common.choose("defense", a["defense"], defenses.of_pairs(
+            dict(clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,
+                 rates=(3e-4, 1e-3, 3e-3)), oracle=a["oracle"])))
     if "fixed" in cfg.attack.trigger:
         cfg.attack.trigger.fixed = not a["fresh"]
     if attack == "optimized_patch":

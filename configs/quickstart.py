@@ -7,7 +7,7 @@ objective=simclr|moco|byol|simsiam, defense=distill|retrain|none, target=CLASS, 
 docs/results.md has its time and numbers.
 """
 
-from configs import common
+from configs import common, defenses
 
 OBJECTIVES = dict(  # heads as small as the encoder
     simclr=dict(temperature=0.5), moco=dict(queue_batches=16, momentum=0.99, hidden=128),
@@ -39,7 +39,7 @@ def get_config(arg=""):
                    eval_every=400, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], dict(
             none=dict(name="none"),
-            retrain=common.retrain(clean_fraction=0.25, batch_size=64, steps=300),
-            distill=common.distill(clean_fraction=0.25, batch_size=64, steps=300, momentum=0.99,
+            retrain=defenses.retrain(clean_fraction=0.25, batch_size=64, steps=300),
+            distill=defenses.distill(clean_fraction=0.25, batch_size=64, steps=300, momentum=0.99,
                                    lr=0.05, view={**common.STUDENT_VIEW, "flip": 0.0}))))
     return common.debug(cfg) if a["debug"] else cfg

@@ -17,7 +17,7 @@ objective=clip|siglip (data with captions, or --config.data.captions=templates)|
 simsiam (images alone), seed=N.
 """
 
-from configs import cifar10, clip_scenes, common
+from configs import cifar10, clip_scenes, common, defenses
 
 
 def get_config(arg=""):
@@ -33,7 +33,7 @@ def get_config(arg=""):
     cfg.control = False
     cfg.evals.probes = ()
     cfg.train.eval_every = 0
-    cfg.defense = common.vet_dataset()
+    cfg.defense = defenses.vet_dataset()
     if a["debug"]:
         common.debug(cfg)
         cfg.defense.density.update(k=4, batch=100)

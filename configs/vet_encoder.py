@@ -15,7 +15,7 @@ is suspicious, else 0. Arguments after the colon: debug, data=SOURCE, split=NAME
 seed=N.
 """
 
-from configs import clip_scenes, common
+from configs import clip_scenes, common, defenses
 
 
 def get_config(arg=""):
@@ -26,5 +26,5 @@ def get_config(arg=""):
     cfg.control = False
     cfg.evals.probes = ()
     cfg.train.eval_every = 0
-    cfg.defense = common.vet_encoder(steps=600)
+    cfg.defense = defenses.vet_encoder(steps=600)
     return common.debug(cfg) if a["debug"] else cfg
