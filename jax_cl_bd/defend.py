@@ -113,10 +113,11 @@ def _check_victim(cfg, defense, source):
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) -> None:
     """Defends the victim of one run folder; results go to defenses/<name> of `folder`.
 
-    The control is defended alike, as what the defense does without a backdoor; not so by a defense
-    that never looks at the victim (USES_VICTIM = False), whose rival is then the control itself,
-    and not twice where the victim is its own control. A victim from elsewhere has neither plan nor
-    control, and there is no truth to score by.
+    The control is defended alike, as what the defense does without a backdoor; not so with
+    cfg.control = False, nor by a defense that never looks at the victim (USES_VICTIM = False): the
+    rival is then the control as it is. It is not defended twice where the victim is its own
+    control. A victim from elsewhere has neither plan nor control, and there is no truth to score
+    by.
     """
     began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
@@ -140,12 +141,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     key = jax.random.key(cfg.seed * 16 + STREAM)
     out = folder / "defenses" / cfg.defense.name
     results = {}
-    suspects = [("victim", victim, out)]
     control = None if vetting else run_folder.control_of(cfg, victim)
     uses_victim = getattr(defense, "USES_VICTIM", True)
-    if uses_victim and control not in (None, victim):
-        suspects.append(("control", control, out / "control"))
-    for label, place, where in suspects:
+    for label, place, where in _suspects(cfg, victim, control, out, uses_victim):
         suspect = start.open_victim(cfg, place, mesh)
         truth = None
         if known and not (vetting and not len(plan)):
@@ -179,6 +177,14 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     run_folder.write_json(out / "results.json", found)
     whole["defenses"][cfg.defense.name] = found
     run_folder.write_json(path, whole)
+
+
+def _suspects(cfg, victim, control, out, uses_victim) -> list[tuple]:
+    """Whom to defend: (label, folder of the encoder, folder of what comes out)."""
+    found = [("victim", victim, out)]
+    if uses_victim and cfg.control and control not in (None, victim):
+        found.append(("control", control, out / "control"))
+    return found
 
 
 def _undefended_control(cfg, folder: epath.Path, victim: epath.Path) -> dict | None:

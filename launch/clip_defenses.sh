@@ -8,7 +8,8 @@
 # have seeds 0 to 2. Seed 0 has all rates of a repair, the others RATES, "(0.001,0.003)".
 # Every encoder is also measured on the shifted split. A defense has a folder of its own, since a
 # folder holds one of each name; limits that need no attack: the controls are clean models, and so
-# are none_5 to none_9, so that false alarms can be counted over ten of them.
+# are none_5 to none_9, so that false alarms can be counted over ten of them. Controls are defended
+# by the repair with the labels as oracle alone.
 set -eu
 folder=${1:?folder for the runs}
 shift
@@ -82,31 +83,36 @@ one_victim() {
   esac
 }
 # Measured on one victim and its control, three rates, other work on the machine at times: 284 and
-# 373 s with the labels as oracle, 753 s with a classifier: 9 to 25 core-minutes.
+# 373 s with the labels as oracle, 753 s with a classifier.
 one_repair() {
   swept "$1" oracle defense=oracle_finetune
-  swept "$1" oracle_classifier defense=oracle_finetune,oracle=classifier
+  swept "$1" oracle_classifier defense=oracle_finetune,oracle=classifier --config.control=False
   local error
   if [ "${1##*_}" = 0 ]; then
     for error in 0.0 0.05 0.2; do
-      swept "$1" "oracle_error_$error" defense=oracle_finetune "--config.defense.oracle.error=$error"
+      swept "$1" "oracle_error_$error" defense=oracle_finetune \
+        "--config.defense.oracle.error=$error" --config.control=False
     done
   fi
 }
-# Measured likewise: clean_clip on all clean pairs 607 s, par 323 s: 11 to 20 core-minutes. The
-# others were not timed with this code; all but fine_tune, norm_only and retrain have its steps.
+# Measured likewise: clean_clip on all clean pairs 607 s, par 323 s, without the control about half.
 one_baseline() {
   local pairs action defense
   pairs=$(pairs_of "$1")
   for action in drop relabel; do
-    swept "$1" "oracle_$action" defense=oracle_filter "--config.defense.action=$action"
+    swept "$1" "oracle_$action" defense=oracle_filter "--config.defense.action=$action" \
+      --config.control=False
   done
   # Where the repair found nothing, its compact set is empty and there is nothing to compare with.
-  [ "$pairs" = 0 ] || swept "$1" clean_clip_few defense=clean_clip "--config.defense.pairs=$pairs"
-  swept "$1" clean_clip defense=clean_clip
-  swept "$1" par defense=par
+  [ "$pairs" = 0 ] || swept "$1" clean_clip_few defense=clean_clip "--config.defense.pairs=$pairs" \
+    --config.control=False
+  swept "$1" clean_clip defense=clean_clip --config.control=False
+  swept "$1" par defense=par --config.control=False
+  for defense in cleaner_clip abd ubt invertune supervised; do
+    swept "$1" "$defense" "defense=$defense" --config.control=False
+  done
   for defense in fine_tune norm_only retrain; do
-    defend "$1" "$defense" "defense=$defense"
+    defend "$1" "$defense" "defense=$defense" --config.control=False
   done
 }
 # 14 victims and 28 repairs at the costs above; clean models have no second model to repair.
@@ -125,7 +131,7 @@ all_limits() {
       adaptive_several_4_0 adaptive_small_4_0 adaptive_beside_4_0 adaptive_all_4_0 \
       none_5 none_6 none_7 none_8 none_9; do
     swept "$name" oracle defense=oracle_finetune
-    swept "$name" oracle_classifier defense=oracle_finetune,oracle=classifier
+    swept "$name" oracle_classifier defense=oracle_finetune,oracle=classifier --config.control=False
   done
 }
 
