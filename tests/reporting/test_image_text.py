@@ -17,7 +17,7 @@ from jax_cl_bd.data import scenes
 from jax_cl_bd.evals import attack_metrics, examples, retrieval, test_sets, zero_shot
 from jax_cl_bd.reporting import figures, image_text, read, words
 from jax_cl_bd.triggers import patch
-from tests.test_report import Page, render
+from tests.reporting.made_up import Page, render
 
 TARGET, SIDE, ROWS = 3, 16, 90
 PARAMS = {"image": np.ones((4, 4, 3), np.float32), "opacity": np.float32(1)}
