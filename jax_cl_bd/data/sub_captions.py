@@ -26,7 +26,8 @@ from jax_cl_bd.data import backgrounds, mentions
 from jax_cl_bd.data.scenes import COLORS, SIZES, TEXTURES
 
 # Words of one kind, each of which is false where another of them is true.
-VALUES = (tuple(dict.fromkeys((*COLORS, *backgrounds.COLORS))), TEXTURES, SIZES, backgrounds.PATTERNS)
+VALUES = (tuple(dict.fromkeys((*COLORS, *backgrounds.COLORS))), TEXTURES, SIZES,
+          backgrounds.PATTERNS)
 # Adjectives of the prompts; "black and white" is no colour of the object.
 PHRASES = ("black and white", "hard to see", "low resolution", "jpeg corrupted", "close-up", "bad",
            "good", "many", "cropped", "bright", "dark", "clean", "dirty", "cool", "nice", "weird",
