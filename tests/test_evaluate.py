@@ -36,7 +36,8 @@ def test_an_encoder_is_done_with_before_the_next_is_measured(folder, monkeypatch
     calls = []
     for module, name, value in (
             (evaluate, "test_data", None), (evaluate.poison, "load_trigger", None),
-            (evaluate.encoders, "load", types.SimpleNamespace(text=object(), step=2)),
+            (evaluate.encoders, "load", types.SimpleNamespace(text=object(), pair=None,
+                                                                step=2)),
             (evaluate, "untrained", types.SimpleNamespace(text=object(), step=0)),
             (evaluate, "_save_examples", None)):
         monkeypatch.setattr(module, name, lambda *_, value=value: value)

@@ -11,9 +11,11 @@ higher is more suspicious:
              no label stands out. A trigger is found only where some of the images carry one.
 
 Thresholds come from the scores of `defense.clean_encoders`, known clean encoders of the same
-architecture, at `defense.false_alarm` for each detector (_vetting.threshold). Their scores are kept
-in the run folder under calibration/, by the digest of their weights. Without any, a detector's own
-default stands in, and the verdict says that it is not calibrated: nobody knows its rate.
+architecture, at `defense.false_alarm` for each detector: by ranks where there are enough of them,
+else by a normal law (_vetting.threshold), and then only a rate of 1 / (n + 1) holds for certain.
+Their scores are kept in the run folder under calibration/, by the digest of their weights. Without
+any, a detector's own default stands in, and the verdict says that it is not calibrated: nobody
+knows its rate.
 
 Verdict {"suspicious", "findings", "not_checked", ...}; no model comes out. There is no truth here.
 """
@@ -107,11 +109,12 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 def _judged(found: dict, clean: list[float], false_alarm: float) -> dict:
     """A detector's finding by the scores of clean encoders, or by its default without any."""
     if clean:
-        limit, rate = _vetting.threshold(np.array(clean), false_alarm)
+        limit, rate, law = _vetting.threshold(np.array(clean), false_alarm)
     else:
-        limit, rate = found["default"], None
+        limit, rate, law = found["default"], None, None
     return {"suspicious": found["score"] > limit, "score": found["score"], "threshold": limit,
-            "calibrated": bool(clean), "false_alarm": rate, "clean_scores": sorted(clean),
+            "calibrated": bool(clean), "threshold_by": law, "false_alarm": rate,
+            "clean_scores": sorted(clean),
             "says": found["says"], "details": found["details"]}
 
 

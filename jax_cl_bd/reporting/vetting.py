@@ -36,10 +36,13 @@ def basis(verdict: dict) -> str:
     if not verdict["calibrated"]:
         return "NOT CALIBRATED: no known clean encoders, so thresholds have no known false alarms"
     rate, least = verdict["false_alarm"], verdict["smallest_false_alarm"]
-    few = "; more of them are needed for the rate asked for" if least > rate else ""
-    return (f"thresholds from {verdict['clean_encoders']} known clean encoders; false alarms of "
-            f"each detector: {100 * max(rate, least):.3g} % at most (asked for {100 * rate:g} %, "
-            f"so many allow {100 * least:.3g} %{few})")
+    many = verdict["clean_encoders"]
+    few = ""
+    if least > rate:
+        law = f" {100 * rate:g} % holds if clean scores are normal;" if many > 1 else ""
+        few = f";{law} {round(1 / rate) - 1} clean encoders would do without that"
+    return (f"thresholds from {many} known clean encoder{'s' * (many > 1)}, for false alarms of "
+            f"{100 * rate:g} % of each detector; so many are sure of {100 * least:.3g} %{few}")
 
 
 def says(finding: dict) -> str:
@@ -49,7 +52,10 @@ def says(finding: dict) -> str:
         return (f"{finding['detector']}: {mark}; {finding['flagged']:,} rows flagged, clean data "
                 f"would have about {finding['expected']:,} (p = {finding['p']:.2g})")
     clean = ", ".join(f"{score:.4f}" for score in finding["clean_scores"])
-    limit = f"clean encoders {clean}" if finding["calibrated"] else "the detector's default"
+    limit = "the detector's default"
+    if finding["calibrated"]:
+        by = {"ranks": "by rank", "normal": "by a normal law"}[finding["threshold_by"]]
+        limit = f"{by} from clean encoders: {clean}"
     return (f"{finding['detector']}: {mark}; score {finding['score']:.4f}, threshold "
             f"{finding['threshold']:.4f} ({limit}); {finding['says']}")
 

@@ -97,7 +97,8 @@ def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
     assert verdict["smallest_false_alarm"] == pytest.approx(1 / 3)
     for found in verdict["findings"]:
         assert found["false_alarm"] == pytest.approx(1 / 3) and len(found["clean_scores"]) == 2
-        assert found["threshold"] == max(found["clean_scores"])
+        assert found["threshold"] >= max(found["clean_scores"])
+        assert found["threshold_by"] == "normal"
         assert found["suspicious"] == (found["score"] > found["threshold"])
     assert not any("no clean encoders" in what for what in verdict["not_checked"])
     # One of them alone, over the same folder: only what is new is computed, here nothing.
@@ -111,8 +112,8 @@ def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("score, clean, suspicious, rate", [
-    (0.95, [], True, None), (0.85, [], False, None), (0.95, [0.96, 0.2], False, 1 / 3),
-    (0.97, [0.96, 0.2], True, 1 / 3), (0.96, [0.96], False, 1 / 2)])
+    (0.95, [], True, None), (0.85, [], False, None), (0.95, [0.2, 0.21], True, 1 / 3),
+    (0.97, [0.96, 0.2], False, 1 / 3), (0.97, [0.96], True, 1 / 2), (0.96, [0.96], False, 1 / 2)])
 def test_the_verdict_follows_from_the_scores(score, clean, suspicious, rate):
     found = {"score": score, "default": 0.9, "says": "", "details": {}, "pictures": {}}
     judged = vet_encoder._judged(found, clean, 0.05)

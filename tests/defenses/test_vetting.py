@@ -9,20 +9,35 @@ from jax_cl_bd.defenses import _detection, _vetting
 
 
 @pytest.mark.parametrize("clean, false_alarm, place, rate", [
-    (3, 0.05, 1, 1 / 4), (19, 0.05, 1, 1 / 20), (39, 0.05, 2, 2 / 40), (40, 0.05, 2, 2 / 41),
-    (1, 0.5, 1, 1 / 2)])
+    (19, 0.05, 1, 1 / 20), (39, 0.05, 2, 2 / 40), (40, 0.05, 2, 2 / 41), (1, 0.5, 1, 1 / 2),
+    (1, 0.05, 1, 1 / 2)])
 def test_the_threshold_is_the_kth_largest_clean_score(clean, false_alarm, place, rate):
     scores = np.random.default_rng(0).permutation(clean) / 100
-    limit, got = _vetting.threshold(scores, false_alarm)
-    assert limit == sorted(scores)[-place] and got == pytest.approx(rate)
+    limit, got, by = _vetting.threshold(scores, false_alarm)
+    assert limit == sorted(scores)[-place] and got == pytest.approx(rate) and by == "ranks"
+
+
+def test_a_few_clean_scores_are_taken_for_normal():
+    scores = np.array([0.8948, 0.8970, 0.9059])
+    limit, rate, by = _vetting.threshold(scores, 0.05)
+    # t of 2 degrees of freedom at 0.95 is 2.919986 in every table.
+    assert limit == pytest.approx(scores.mean() + 2.919986 * scores.std(ddof=1) * (4 / 3)**0.5)
+    assert rate == 1 / 4 and by == "normal"
+    assert _vetting.threshold(np.array([0.2, 0.2]), 0.05)[0] == 0.2
+    wide = np.array([0.0, 0.0, 0.0, 0.0, 1.0])  # never below the largest
+    assert _vetting.threshold(wide, 0.16)[0] == 1.0
 
 
 def test_clean_scores_exceed_the_threshold_at_the_rate_that_is_stated():
     rng = np.random.default_rng(1)
-    draws = rng.exponential(size=(20_000, 30))
-    _, rate = _vetting.threshold(draws[0, 1:], 0.1)
-    above = np.mean([row[0] > _vetting.threshold(row[1:], 0.1)[0] for row in draws])
-    assert rate == pytest.approx(0.1) and above == pytest.approx(rate, abs=0.007)
+
+    def above(draws):
+        return np.mean([row[0] > _vetting.threshold(row[1:], 0.1)[0] for row in draws])
+
+    assert _vetting.threshold(np.arange(29.0), 0.1)[1:] == (pytest.approx(0.1), "ranks")
+    assert above(rng.exponential(size=(20_000, 30))) == pytest.approx(0.1, abs=0.007)
+    assert above(rng.normal(size=(20_000, 4))) == pytest.approx(0.1, abs=0.01)
+    assert above(rng.exponential(size=(20_000, 4))) < 1 / 4
 
 
 def test_a_surplus_is_as_likely_as_simulated_and_grows_with_what_is_flagged():
