@@ -120,7 +120,7 @@ def oracle_finetune(sweep, *, oracle="ground_truth", error=0.1):
     """Oracle-guided repair (docs/papers.md, EftCLIP). `oracle`: ground_truth, wrong for a share
     `error` of images, or classifier. Thresholds: docs/papers.md."""
     return {**_swept("oracle_finetune", sweep),
-            "pool": "",
+            "pool": "", "preserve": 10.0,
             "oracle": dict(name=oracle, error=error, steps=1500, segmenter="classical",
                            segmenter_folder="", segmenter_points=32),
             "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,

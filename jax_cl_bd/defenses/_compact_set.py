@@ -18,7 +18,8 @@ import numpy as np
 from jax_cl_bd.data import images, mentions, templates
 from jax_cl_bd.defenses import _pinpoint
 
-PARTS = ("clean", "relabel", "transplant", "replay")
+PARTS = ("clean", "replay", "relabel", "transplant")
+UNTOUCHED = ("clean", "replay")  # parts whose images no trigger is on; they come first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,17 +54,15 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
         pool, clean: sources with captions. victims: row of the pool -> what the oracle sees.
         ground: the oracle (defenses/_oracle.py). rho: flips from which a label is affected.
     Returns:
-        The pairs, and how many come from each part.
+        The pairs, the untouched ones first, and how many come from each part.
     """
     every = pool.captions(np.arange(len(pool)))
     affected = sorted({int(c) for t in triggers for c in np.flatnonzero(t.flips >= rho)})
     targets = sorted({t.label for t in triggers})
-    shown, texts, counts = [], [], dict.fromkeys(PARTS, 0)
+    found = {part: [] for part in PARTS}
 
     def add(part, image, captions):
-        shown.append(images.test_image(image, side))
-        texts.append(list(captions))
-        counts[part] += 1
+        found[part].append((images.test_image(image, side), list(captions)))
 
     if "clean" in settings.parts:
         for label in sorted({*affected, *targets}):
@@ -88,16 +87,19 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
                         item["captions"])
     if "replay" in settings.parts:
         free = np.setdiff1d(np.arange(len(pool)), list(victims))
-        chosen = rng.permutation(free)[:round(settings.replay * len(shown))]
+        others = sum(map(len, found.values()))
+        chosen = rng.permutation(free)[:round(settings.replay * others)]
         for label in targets:  # pairs that wrongly name a target may be poisons that were missed
             named = mentions.naming([every[row] for row in chosen], str(pool.classes[label]))
             seen = ground(pool, chosen[named]).argmax(1) == label
             chosen = np.setdiff1d(chosen, chosen[named][~seen])
         for row in rng.permutation(chosen):
             add("replay", pool[int(row)]["image"], every[row])
-    shape = (0, side, side, 3)
-    return Pairs(np.stack(shown) if shown else np.zeros(shape, np.uint8), texts,
-                 tuple(pool.classes)), counts
+    whole = [pair for part in PARTS for pair in found[part]]
+    shown = [image for image, _ in whole]
+    return (Pairs(np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8),
+                  [captions for _, captions in whole], tuple(pool.classes)),
+            {part: len(found[part]) for part in PARTS})
 
 
 def _grounded(pool, captions, label, victims, ground, count, rng):

@@ -186,8 +186,12 @@ def described(cfg) -> ml_collections.ConfigDict:
 
 
 def keep(folder: epath.Path, cfg, variables, step: int, suspect) -> None:
-    """Leaves a model in a defense's folder as a run leaves its own."""
-    run_folder.write_config(folder, cfg)
+    """Leaves a model in a defense's folder as a run leaves its own. Its config names the victim's
+    loss, not one that is for repairs alone."""
+    kept = ml_collections.ConfigDict(cfg.to_dict())
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    kept.objective.name = getattr(objective, "BASE", cfg.objective.name)
+    run_folder.write_config(folder, kept)
     if cfg.text.name != "none":
         suspect.pair.tokenizer.save(folder / "tokenizer.json")
     if checkpoint.newest_good_step(folder / "checkpoints", rename=True) is None:

@@ -46,6 +46,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if not d.get("cross_modal", True) and d.in_modality <= 0:  # cleaner_clip has no such field
         raise UserError(f"defense.cross_modal=False and in_modality={d.in_modality} leave no loss; "
                         "set one of them")
+    if not d.get("cross_modal", True) and training.plain(cfg).objective.name != "clip":
+        raise UserError("defense.cross_modal=False is for models pretrained with objective 'clip'; "
+                        f"this one has {cfg.objective.name!r}")
     if not 0 <= d.pairs <= clean:
         raise UserError(f"defense.pairs={d.pairs} must be 0 (all) to the {clean} clean pairs; "
                         f"raise defense.clean_fraction={d.clean_fraction} for more")

@@ -29,6 +29,7 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.metrics import Progress
+from jax_cl_bd.objectives import training
 
 NEEDS_LABELS = True  # of the images, for its oracle and its validation
 NEEDS_POOL = True  # the pairs that the suspect was trained on
@@ -40,6 +41,12 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
     _sweep.check(cfg)
     check_search(cfg)
+    if cfg.defense.preserve < 0:
+        raise UserError(f"defense.preserve={cfg.defense.preserve} must be 0 (off) or more")
+    if cfg.defense.preserve and training.plain(cfg).objective.name != "clip":
+        raise UserError(f"defense.preserve={cfg.defense.preserve} is for models pretrained with "
+                        f"objective 'clip'; this one has {cfg.objective.name!r}, so set "
+                        "--config.defense.preserve=0")
     if clean < 2:
         raise UserError("defense oracle_finetune needs trusted images; raise "
                         f"defense.clean_fraction={cfg.defense.clean_fraction}")
@@ -117,10 +124,19 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     if len(pairs) < cfg.defense.batch_size:
         raise UserError(f"the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
                         f"{cfg.defense.batch_size}; raise defense.curate.per_label")
-    repaired = _sweep.repair(cfg, suspect, pairs, data.validation, mesh=mesh, folder=folder,
+    own = _described(cfg, sum(parts[name] for name in _compact_set.UNTOUCHED))
+    repaired = _sweep.repair(own, suspect, pairs, data.validation, mesh=mesh, folder=folder,
                              key=tune_key, label=f"repair {label}")
     lap("fine-tune")
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
+
+
+def _described(cfg, untouched: int):
+    """The config of the repaired model, with the loss that it is repaired by."""
+    own = training.plain(cfg)
+    if cfg.defense.preserve:
+        own.objective.update(name="preserve", preserve=cfg.defense.preserve, untouched=untouched)
+    return own
 
 
 def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import jax_cl_bd
 from configs import clip_scenes
-from jax_cl_bd import defend, parallel, poison
+from jax_cl_bd import defend, metrics, parallel, poison, run_folder
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.pool import Pool
 from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _sweep, oracle_finetune
@@ -91,6 +91,9 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     assert any(np.abs(np.asarray(a) - b).max() > 0 for a, b in moved)
     assert [(p.rate, p.step) for p in known.points] == [(3e-4, 1), (3e-4, 2)]
     assert sum(p.chosen for p in known.points) == 1
+    held = metrics.read_lines(tmp_path / "known" / "rate_0.0003" / "metrics.jsonl")
+    assert any("train/moved_image" in line for line in held)
+    assert run_folder.read_config(epath.Path(tmp_path / "known")).objective.name == "clip"
     opened = jax_cl_bd.load_encoder(tmp_path / "known")
     again = encoder.of_parts(known.cfg, known.variables, victim.mesh, victim.pair.tokenizer)
     np.testing.assert_allclose(opened.text(["a red star"]), again.text(["a red star"]), atol=1e-6)
@@ -180,12 +183,17 @@ def test_bad_settings_are_refused(cfg):
             ({"oracle.name": "nobody"}, "nobody"), ({"oracle.error": 1.0}, "error"),
             ({"scan.evidence": "guess"}, "guess"), ({"scan.limit": 0}, "limit"),
             ({"curate.parts": ("cleen",)}, "clean"), ({"curate.rho": 0.0}, "rho"),
-            ({"rates": ()}, "rates"), ({"rates": (1e-3, 1e-4)}, "ascending"),
+            ({"preserve": -1.0}, "preserve=-1"), ({"rates": ()}, "rates"),
+            ({"rates": (1e-3, 1e-4)}, "ascending"),
             ({"points": 5}, "points"), ({"validation_split": ""}, "validation_split")):
         mine = ConfigDict(cfg.to_dict())
         mine.defense.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=says):
             oracle_finetune.check(mine, 100)
+    mine = ConfigDict(cfg.to_dict())
+    mine.objective.name = "siglip"
+    with pytest.raises(UserError, match="preserve=0"):
+        oracle_finetune.check(mine, 100)
     mine = ConfigDict(cfg.to_dict())
     mine.text = ConfigDict({"name": "none"})
     with pytest.raises(UserError, match="image-text"):
