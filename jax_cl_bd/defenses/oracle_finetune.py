@@ -4,9 +4,10 @@ Hossain, Sajeeda, Perla and Shao: "Robust Defense Strategies for Multimodal Cont
 Efficient Fine-tuning Against Backdoor Attacks", arXiv 2511.13545. Four stages: find regions in
 which the suspect sees what the oracle does not (_find_trigger, the paper's Algorithm 1, in part
 reconstructed); from them the target label, the trigger and the poisoned pairs (_pinpoint); a
-compact set of pairs (_compact_set); fine-tuning on it (_sweep). No code and no full text of the
-second algorithm are public: _pinpoint and _compact_set are reconstructions, and so are all
-thresholds. For triggers that are visible, compact regions; the paper leaves others open.
+compact set of pairs (_compact_set); fine-tuning on it (_sweep), by CLIP's loss with the suspect
+held on untouched pairs (objectives/preserve.py). No code and no full text of the second algorithm
+are public: _pinpoint, _compact_set and that loss are reconstructions, and so are all thresholds.
+For triggers that are visible, compact regions; the paper leaves others open.
 
 The verdict says what was found by the defender's own means; with `truth` it also says how right
 that is: target_label_correct (the label named first is the target), trigger_iou (mean over the
