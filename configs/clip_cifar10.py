@@ -34,8 +34,7 @@ def get_config(arg=""):
         text=dict(common.SMALL_TEXT),
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
                    "dim": 128,
-                   **common.defended(a["objective"], rows=50_000, batch_size=512, steps=9700,
-                                     lr=1e-3)},
+                   **common.defended(a["objective"], rows=50_000, batch_size=512, steps=9700)},
         optim={**common.ADAMW, "lr": 1e-3, "warmup_steps": 500},
         evals=common.evals(probes=("zero_shot", "linear_probe", "z_score",
                                    *clip_scenes.MEASURED_BY.get(attack, ()))),
@@ -52,8 +51,8 @@ def get_config(arg=""):
                          stages=(64, 128), dtype="float32")
         cfg.text.update(width=64, layers=1, heads=2)
         cfg.optim.update(lr=4e-3, warmup_steps=100)
-        cfg.objective.update(common.defended(a["objective"], rows=10_000, batch_size=64, steps=6000,
-                                             lr=4e-3))
+        cfg.objective.update(common.defended(a["objective"], rows=10_000, batch_size=64,
+                                             steps=6000))
         cfg.train.update(steps=6000, epochs=0, batch_size=64, log_every=100, save_every=1000,
                          eval_every=1000)
         if attack == "optimized_patch":
