@@ -66,13 +66,15 @@ def defended(objective, *, rows, batch_size, steps):
     RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: rings of 256 entries, or one batch; a
     first warm-up of 5/32 of the steps, as 5 of 32 epochs. The second, as published 1/32 of them at
     1 % of the rate, moves nothing in a small run (nor does 1/32 at 13 %, which is rate times steps
-    of the publication): 2/32 at 30 %, after a look at losses and split on scenes (badnets, seed 0).
+    of the publication), so 2/32 at 30 %; and the first safe set is p > 0.5, since p > 0.9 left 7 %,
+    too few to keep the towers together. Both after a look at losses and splits on scenes (badnets,
+    seed 0).
     """
     part = max(1, steps // 32)
     return dict(
         roclip=dict(queue_batches=-(-rows // (50 * batch_size))),
         safeclip=dict(queue_batches=max(1, 256 // batch_size), uni_steps=5 * part,
-                      cross_steps=2 * part, cross_rate=0.3)).get(objective, {})
+                      cross_steps=2 * part, cross_rate=0.3, safe_from=0.5)).get(objective, {})
 
 
 def parse(arg, **defaults):

@@ -73,6 +73,8 @@ def test_sizes_of_the_experiments():
     assert clip_scenes.get_config("objective=roclip").objective.queue_batches == 3  # 192 of 8,000
     o = clip_scenes.get_config("objective=safeclip").objective
     assert (o.uni_steps, o.cross_steps, o.cross_rate, o.queue_batches) == (375, 150, 0.3, 4)
+    assert (o.safe_from, clip_pairs.get_config("objective=safeclip").objective.safe_from) == (0.5,
+                                                                                             0.9)
     own = training.sized(clip_scenes.get_config("objective=safeclip"), rows=8320,
                          steps_per_epoch=125)
     assert own.objective.epoch_steps == 125 and own.objective.rows == 8320
