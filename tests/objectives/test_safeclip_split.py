@@ -37,7 +37,7 @@ def tiny():
 def config(**data):
     cfg = clip_scenes.get_config("debug,objective=safeclip")
     cfg.data.update(scenes_train=40, **data)
-    cfg.objective.update(uni_steps=2, cross_steps=1, epoch_steps=2)
+    cfg.objective.update(uni_steps=2, cross_steps=1, epoch_steps=2, safe_from=0.9)
     cfg.train.update(batch_size=8, save_every=1, log_every=1, steps=STEPS)
     return cfg
 
