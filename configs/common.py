@@ -20,6 +20,12 @@ STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscal
 PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
               "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
 
+# What RoCLIP and SafeCLIP see in place of AutoAugment, which does not crop: no crop that cuts the
+# object away and no change of hue, since captions name what is there and its colour. Under
+# SMALL_VIEW CLIP on scenes learns no classes in 2,400 steps (zero-shot 0.13 in place of 0.94).
+CAPTIONED_VIEW = {**PLAIN_VIEW, "crop_scale": (0.6, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5,
+                  "jitter": 0.8, "hue": 0.0}
+
 # The recipes of jsrdcht/SSL-Backdoor, configs/ssl, unless a config says otherwise.
 OBJECTIVES = dict(
     simclr=dict(name="simclr", temperature=0.5, hidden=128, dim=128),
@@ -58,6 +64,11 @@ PAIR_OBJECTIVES = dict(
                   queue_batches=2, uni_steps=39_060, cross_steps=7812, cross_rate=0.01,
                   epoch_steps=0, safe_from=0.9, grow=0.01, top=0.85))
 TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
+
+
+def second_view(objective, otherwise):
+    """The augmentation of image-text training by an objective: its own, or that of the config."""
+    return dict(CAPTIONED_VIEW if objective in TEXT_AUGMENT else otherwise)
 
 
 def defended(objective, *, rows, batch_size, steps):
