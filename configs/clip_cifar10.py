@@ -35,14 +35,14 @@ def get_config(arg=""):
         attack=common.pair_attack(attack, target=a["target"], poisons=500, trigger_size=6, side=32),
         augment=dict(view1={**common.PLAIN_VIEW, "crop_scale": (0.4, 1.0), "flip": 0.5,
                             "crop_ratio": (3 / 4, 4 / 3)},
-                     view2=dict(common.SMALL_VIEW), interpolation="bilinear"),
+                     view2=common.second_view(a["objective"], common.SMALL_VIEW),
+                     interpolation="bilinear"),
         model=dict(name="resnet18", stem="cifar", width=64, stem_stride=1, first_stride=1,
                    stages=(), dtype="bfloat16", bn_groups=1),
         text=dict(common.SMALL_TEXT),
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
                    "dim": 128,
-                   **common.defended(a["objective"], rows=50_000, batch_size=512, steps=9700,
-                                     lr=1e-3)},
+                   **common.defended(a["objective"], rows=50_000, batch_size=512, steps=9700)},
         optim={**common.ADAMW, "lr": 1e-3, "warmup_steps": 500},
         evals=common.evals(probes=("zero_shot", "linear_probe", "z_score",
                                    *clip_scenes.MEASURED_BY.get(attack, ()))),
@@ -61,8 +61,8 @@ def get_config(arg=""):
                          stages=(64, 128), dtype="float32")
         cfg.text.update(width=64, layers=1, heads=2)
         cfg.optim.update(lr=4e-3, warmup_steps=100)
-        cfg.objective.update(common.defended(a["objective"], rows=10_000, batch_size=64, steps=6000,
-                                             lr=4e-3))
+        cfg.objective.update(common.defended(a["objective"], rows=10_000, batch_size=64,
+                                             steps=6000))
         cfg.train.update(steps=6000, epochs=0, batch_size=64, log_every=100, save_every=1000,
                          eval_every=1000)
         if attack == "optimized_patch":

@@ -66,7 +66,8 @@ def get_config(arg=""):
                   center_crop=True, text_augment=common.TEXT_AUGMENT.get(
                       a["objective"], "eda" if both else "none")),
         attack=common.pair_attack(a["attack"], target=0, poisons=1500, trigger_size=16, side=224),
-        augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.MOCO_VIEW),
+        augment=dict(view1=dict(common.PLAIN_VIEW),
+                     view2=common.second_view(a["objective"], common.MOCO_VIEW),
                      interpolation="bicubic"),
         model=dict(common.choose("tower", a["tower"], TOWERS)),
         text={**common.TEXT, "end": 1, "dtype": "bfloat16"},

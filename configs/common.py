@@ -20,6 +20,12 @@ STUDENT_VIEW = {**MOCO_VIEW, "crop_scale": (0.08, 1.0), "jitter": 0.0, "grayscal
 PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
               "jitter": 0.0, "grayscale": 0.0, "blur": 0.0}
 
+# What RoCLIP and SafeCLIP see in place of AutoAugment, which does not crop: no crop that cuts the
+# object away and no change of hue, since captions name what is there and its colour. Under
+# SMALL_VIEW CLIP on scenes learns no classes in 2,400 steps (zero-shot 0.13 in place of 0.94).
+CAPTIONED_VIEW = {**PLAIN_VIEW, "crop_scale": (0.6, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5,
+                  "jitter": 0.8, "hue": 0.0}
+
 # The recipes of jsrdcht/SSL-Backdoor, configs/ssl, unless a config says otherwise.
 OBJECTIVES = dict(
     simclr=dict(name="simclr", temperature=0.5, hidden=128, dim=128),
@@ -60,19 +66,26 @@ PAIR_OBJECTIVES = dict(
 TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
 
 
-def defended(objective, *, rows, batch_size, steps, lr):
+def second_view(objective, otherwise):
+    """The augmentation of image-text training by an objective: its own, or that of the config."""
+    return dict(CAPTIONED_VIEW if objective in TEXT_AUGMENT else otherwise)
+
+
+def defended(objective, *, rows, batch_size, steps):
     """What RoCLIP and SafeCLIP have otherwise in a run of this size; {} for other objectives.
 
-    RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: warm-ups of 5/32 and 1/32 of the steps, as
-    5 and 1 of 32 epochs; rate times steps of the second as published, 5e-6 * 7,812, since at 1 % of
-    the rate so few steps would move nothing; rings of 256 entries, or one batch.
+    RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: rings of 256 entries, or one batch; a
+    first warm-up of 5/32 of the steps, as 5 of 32 epochs. The second, as published 1/32 of them at
+    1 % of the rate, moves nothing in a small run (nor does 1/32 at 13 %, which is rate times steps
+    of the publication), so 2/32 at 30 %; and the first safe set is p > 0.5, since p > 0.9 left 7 %,
+    too few to keep the towers together. Both after a look at losses and splits on scenes (badnets,
+    seed 0).
     """
-    cross = max(1, steps // 32)
+    part = max(1, steps // 32)
     return dict(
         roclip=dict(queue_batches=-(-rows // (50 * batch_size))),
-        safeclip=dict(queue_batches=max(1, 256 // batch_size), uni_steps=5 * cross,
-                      cross_steps=cross, cross_rate=min(1.0, 5e-6 * 7812 / (cross * lr)))
-    ).get(objective, {})
+        safeclip=dict(queue_batches=max(1, 256 // batch_size), uni_steps=5 * part,
+                      cross_steps=2 * part, cross_rate=0.3, safe_from=0.5)).get(objective, {})
 
 
 def parse(arg, **defaults):

@@ -101,6 +101,7 @@ def test_an_experiment_on_images_takes_the_image_tower(folders, tmp_path):
     assert row["linear_probe"]["clean_accuracy"] >= 0
 
 
+@pytest.mark.slow
 def test_an_encoder_of_images_in_an_image_text_experiment(folders, tmp_path):
     cfg = config(clip_scenes, "defense=decree", folders["resnet"],
                  **{"evals.probes": ("linear_probe",)})

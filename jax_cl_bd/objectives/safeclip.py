@@ -17,9 +17,10 @@ scale and nn(z) the nearest entry of a ring of past embeddings (a constant):
 
 Fields of cfg.objective: dim, image_projection, scale_init, of the model (clip.py); queue_batches:
 length of the rings in batches (the code: 256 entries); epoch_steps (0: one pass over the data); the
-names above. As published: 5 epochs and 1 epoch of 32; cross_rate 0.01 (5e-6 of 5e-4), which moves
-something over the 7,812 steps of 1 M pairs (batch 128) and nothing in a small run, so choose steps
-and rate together (configs/common.py does); 0.9, 0.01, 0.85.
+names above. As published: 5 epochs and 1 epoch of 32; cross_rate 0.01 (5e-6 of 5e-4), over the
+7,812 steps of 1 M pairs in batches of 128; 0.9, 0.01, 0.85. So small a rate moves nothing in a
+small run, where cosines then say nothing: look at cross_loss, which must fall below ln B before the
+first split, and choose steps and rate together (configs/common.py does).
 
 Where we differ:
 - One pass instead of two. The paper's epoch goes over the risky pairs by L_uni, then over the safe

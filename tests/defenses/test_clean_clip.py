@@ -63,6 +63,7 @@ def test_moves_weights_and_the_truth_changes_nothing(cfg, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same.variables, known.variables)
 
 
+@pytest.mark.slow
 def test_without_the_term_it_is_fine_tuning_by_the_loss_alone(cfg, tmp_path):
     mine = ConfigDict(cfg.to_dict())
     mine.defense.in_modality = 0.0

@@ -85,8 +85,9 @@ def test_length_of_the_queues():
 def test_every_defense_is_held_to_the_truth_test():
     # The others in the test files of their own names.
     assert lookup.methods("defenses", offers="run") == [
-        "clean_clip", "cleaner_clip", "cosine_filter", "decree", "density", "distill", "fine_tune",
-        "norm_only", "oracle_filter", "oracle_finetune", "par", "retrain", "ubt"]
+        "abd", "bdetclip", "clean_clip", "cleaner_clip", "cosine_filter", "decree", "density",
+        "distill", "fine_tune", "invertune", "norm_only", "oracle_filter", "oracle_finetune",
+        "par", "retrain", "supervised", "ubt", "vet_dataset", "vet_encoder"]
 
 
 @pytest.mark.parametrize("method", [distill, retrain])

@@ -39,6 +39,7 @@ def tuned(cfg, folder, lr, truth=None):
     return before, outcome, victim
 
 
+@pytest.mark.slow
 def test_moves_the_victims_own_weights(cfg, tmp_path):
     before, still, victim = tuned(cfg, tmp_path / "still", 1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before["params"],

@@ -49,6 +49,7 @@ def repaired(cfg, suspect, pool, folder, truth=None):
                    epath.Path(folder), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_suspects_resumes_and_the_truth_changes_nothing(cfg, suspect, pool, tmp_path):
     start = jax.tree.map(np.array, suspect.pair.variables)
     poison = np.where(np.arange(ROWS) % 3 == 0, np.arange(ROWS), -1)

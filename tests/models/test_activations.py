@@ -20,6 +20,7 @@ TOWERS = {
                  act="gelu", eps=1e-5, pre_norm=True, patch_bias=False), ("block0", "block1"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_last_block_of_every_stage(name):
     fields, names = TOWERS[name]

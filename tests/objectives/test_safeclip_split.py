@@ -37,7 +37,7 @@ def tiny():
 def config(**data):
     cfg = clip_scenes.get_config("debug,objective=safeclip")
     cfg.data.update(scenes_train=40, **data)
-    cfg.objective.update(uni_steps=2, cross_steps=1, epoch_steps=2)
+    cfg.objective.update(uni_steps=2, cross_steps=1, epoch_steps=2, safe_from=0.9)
     cfg.train.update(batch_size=8, save_every=1, log_every=1, steps=STEPS)
     return cfg
 
@@ -78,6 +78,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits_wherever_it_was_killed(tmp_path):
     seen = []
     whole = run(tmp_path / "whole", STEPS, watch=seen)
