@@ -20,8 +20,8 @@ TOWERS = {
                  act="gelu", eps=1e-5, pre_norm=True, patch_bias=False), ("block0", "block1"))}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "resnet50" else []) for name in TOWERS])
 def test_the_last_block_of_every_stage(name):
     fields, names = TOWERS[name]
     module = build.build(ConfigDict({**fields, "dtype": "float32", "bn_groups": 1}))
