@@ -175,8 +175,9 @@ def test_views_are_drawn_twice_by_the_augmenting_recipe():
     own, _, rows, _, mesh, _, _ = setup(cfg)
     batch, _ = next(rows.everything(8))
     made = training.make_views(own)(rows.data, batch, jax.random.key(0))
-    plain = training.make_views(clip_scenes.get_config("debug"))(rows.data, batch,
-                                                                 jax.random.key(0))
+    clip = clip_scenes.get_config("debug")
+    clip.augment = cfg.augment
+    plain = training.make_views(clip)(rows.data, batch, jax.random.key(0))
     np.testing.assert_array_equal(made["view2"], plain["view2"])
     assert (np.asarray(made["view1"]) != np.asarray(plain["view1"])).any()
     assert (np.asarray(made["view1"]) != np.asarray(made["view2"])).any()
