@@ -79,7 +79,7 @@ def defended(objective, *, rows, batch_size, steps):
     1 % of the rate, moves nothing in a small run (nor does 1/32 at 13 %, which is rate times steps
     of the publication), so 2/32 at 30 %; and the first safe set is p > 0.5, since p > 0.9 left 7 %,
     too few to keep the towers together. Both after a look at losses and splits on scenes (badnets,
-    seed 0).
+    seed 0, under SMALL_VIEW; not looked at again under CAPTIONED_VIEW).
     """
     part = max(1, steps // 32)
     return dict(
