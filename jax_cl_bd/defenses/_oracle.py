@@ -40,6 +40,11 @@ def check(cfg: ml_collections.ConfigDict) -> None:
         raise UserError(f"defense.oracle.steps={oracle.steps} must be at least 1")
 
 
+def steps(cfg: ml_collections.ConfigDict) -> int:
+    """The gradient steps that the oracle itself costs."""
+    return 0 if cfg.defense.oracle.name == "ground_truth" else cfg.defense.oracle.steps
+
+
 def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
     """Gives ground(source, rows); a classifier is trained in `folder`, and resumes."""
     if cfg.defense.oracle.name == "ground_truth":

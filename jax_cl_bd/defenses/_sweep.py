@@ -74,15 +74,19 @@ def check(cfg: ml_collections.ConfigDict) -> None:
 
 
 def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: jax.Array,
-           label: str, extra: dict | None = None, derive: Callable | None = None) -> Outcome:
+           label: str, extra: dict | None = None, derive: Callable | None = None,
+           steps_before: int = 0) -> Outcome:
     """Fine-tunes the suspect on a source with captions, see `tune`; the verdict is the rate and the
     step of the point chosen, what it does on the validation images, and the cost. `derive`: of
-    data/texts.py, for an objective that needs further texts."""
+    data/texts.py, for an objective that needs further texts. `steps_before`: gradient steps that
+    the defense made before, for the cost."""
     read = texts.of(described(cfg), suspect.pair.tokenizer, pairs)
     dataset = PoisonedSet(pairs, texts=dataclasses.replace(read, derive=derive))
     variables, own, points = tune(cfg, suspect, dataset, validation, mesh=mesh, folder=folder,
                                   key=key, label=label, extra=extra)
-    return outcome_of(variables, own, points, pairs=len(pairs))
+    found = outcome_of(variables, own, points, pairs=len(pairs))
+    found.verdict["gradient_steps"] += steps_before
+    return found
 
 
 def outcome_of(variables, own, points: list[Point], *, pairs: int) -> Outcome:

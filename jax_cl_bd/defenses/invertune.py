@@ -104,7 +104,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     kept = {"mask": trigger["mask"], "pattern": trigger["pattern"]}
     repaired = _sweep.repair(_described(cfg), suspect, data.clean, data.validation, mesh=mesh,
                              folder=folder, key=tune_key, label=f"tune {label}",
-                             extra={"trigger": kept, "neurons": neurons})
+                             extra={"trigger": kept, "neurons": neurons},
+                             steps_before=cfg.defense.probe.steps + cfg.defense.invert.steps)
     return dataclasses.replace(
         repaired, verdict={**found, "clean_pairs": len(data.clean), **repaired.verdict},
         report={"pictures": pictures})

@@ -84,7 +84,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                         f"defense.batch_size={d.batch_size}; raise defense.pairs or lower "
                         f"defense.sure={d.sure}")
     repaired = _sweep.repair(cfg, victims[0], pairs, data.validation, mesh=mesh, folder=folder,
-                             key=tune_key, label=f"{d.action} {label}")
+                             key=tune_key, label=f"{d.action} {label}",
+                             steps_before=_oracle.steps(cfg))
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict)
 
 

@@ -127,7 +127,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                         f"{cfg.defense.batch_size}; raise defense.curate.per_label")
     own = _described(cfg, sum(parts[name] for name in _compact_set.UNTOUCHED))
     repaired = _sweep.repair(own, suspect, pairs, data.validation, mesh=mesh, folder=folder,
-                             key=tune_key, label=f"repair {label}")
+                             key=tune_key, label=f"repair {label}", steps_before=_oracle.steps(cfg))
     lap("fine-tune")
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
 

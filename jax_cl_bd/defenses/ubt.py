@@ -106,7 +106,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     words = suspect.pair.tokenizer
     special = tuple(i for i in (words.start, words.end, words.pad) if i is not None)
     found = _sweep.repair(_described(cfg, len(good), special), suspect, pairs, data.validation,
-                          mesh=mesh, folder=folder, key=tune_key, label=f"unlearn {label}")
+                          mesh=mesh, folder=folder, key=tune_key, label=f"unlearn {label}",
+                          steps_before=d.overfit.steps)
     return dataclasses.replace(found, verdict=verdict | found.verdict, report=report)
 
 

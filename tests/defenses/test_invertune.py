@@ -84,6 +84,8 @@ def test_the_image_tower_alone_moves_and_the_truth_scores_and_changes_nothing(cf
     assert scores["target_label_correct"] == (known.verdict["target_label"] == 3)
     assert scores["mask_iou"] == pytest.approx(64 / 1024)  # after 2 steps the mask is everywhere
     assert known.verdict["mask_share"] > 0.9
+    d = cfg.defense  # patch, inversion, tuning
+    assert known.verdict["gradient_steps"] == d.probe.steps + d.invert.steps + d.steps
     for part, moves in (("encoder", True), ("image_projection", True), ("text", False),
                         ("text_projection", False), ("scale", False)):
         pairs = zip(jax.tree.leaves(given.pair.variables["params"][part]),

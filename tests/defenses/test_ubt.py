@@ -68,6 +68,7 @@ def test_suspects_resumes_and_the_truth_changes_nothing(cfg, suspect, pool, tmp_
     assert scored == {"suspect_precision": hits / 6, "suspect_recall": hits / 20}
     assert known.verdict["clean_looking"] == 30 and known.verdict["overfit_pairs"] == 24
     assert known.verdict["overfit_steps"] == 2 and len(known.points) == 2
+    assert known.verdict["gradient_steps"] == 2 + cfg.defense.steps * len(cfg.defense.rates)
     lines = (tmp_path / "known" / "rate_0.0003" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["train/ascending"] for x in lines if "train/ascending" in x]
     assert known.cfg.objective.first_bad == 30 and len(known.cfg.objective.special) == 3

@@ -78,6 +78,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits_wherever_it_was_killed(tmp_path):
     seen = []
     whole = run(tmp_path / "whole", STEPS, watch=seen)
