@@ -41,6 +41,7 @@ def lines(folder):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_sees_adversarial_views_and_the_truth_changes_nothing(cfg, tmp_path):
     known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
     blind = repaired(cfg, tmp_path / "blind")
