@@ -203,7 +203,8 @@ def test_full_size_models_have_clips_parameters(config, tower, published, bias):
     assert count == published - bias
 
 
-@pytest.mark.parametrize("starving", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("starving", [False, True])
 def test_bench_says_whether_the_feed_starves_the_step(config, monkeypatch, starving):
     monkeypatch.setattr(bench, "SECONDS", types.SimpleNamespace(value=0.5))
     where, name = (bench.feed.Feed, "batches") if starving else (bench, "compile_step")

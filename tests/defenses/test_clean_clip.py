@@ -78,6 +78,7 @@ def test_without_the_term_it_is_fine_tuning_by_the_loss_alone(cfg, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, point, jax.tree.map(np.asarray, tuned.variables))
 
 
+@pytest.mark.slow
 def test_without_the_clip_loss_it_is_the_in_modality_term_alone(cfg, tmp_path):
     mine = ConfigDict(cfg.to_dict())
     mine.defense.update(cross_modal=False, points=1)

@@ -90,7 +90,7 @@ def test_every_defense_is_held_to_the_truth_test():
         "par", "retrain", "supervised", "ubt", "vet_dataset", "vet_encoder"]
 
 
-@pytest.mark.parametrize("method", [distill, retrain])
+@pytest.mark.parametrize("method", [distill, pytest.param(retrain, marks=pytest.mark.slow)])
 def test_the_truth_changes_nothing(tmp_path, method):
     cfg = settings()
     mesh = parallel.make_mesh(cfg.mesh)

@@ -74,6 +74,7 @@ def repaired(cfg, folder, truth=None):
                                 epath.Path(folder), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_image_tower_alone_moves_and_the_truth_scores_and_changes_nothing(cfg, tmp_path):
     patch = np.array([[10, 10, 8, 8]] * 2)
     plan = Plan.make(2, canvas=np.full((2, 2), 32), trigger_box=patch)

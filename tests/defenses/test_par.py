@@ -37,6 +37,7 @@ def repaired(cfg, folder, truth=None):
                    epath.Path(folder), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_moves_away_and_the_truth_changes_nothing(cfg, tmp_path):
     known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
     blind = repaired(cfg, tmp_path / "blind")

@@ -89,6 +89,7 @@ def test_a_hub_folder_is_vetted_without_calibration_and_again_for_nothing(folder
         vetted(config(folders[0.31]), tmp_path)
 
 
+@pytest.mark.slow
 def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
     calls = count_inversions(monkeypatch)
     clean = [folders[0.31], folders[0.32]]

@@ -111,6 +111,7 @@ def test_an_optimum_at_the_edge_of_the_central_crop_keeps_its_probability():
     assert side_by_side.pair_probability < found[0].pair_probability / 100
 
 
+@pytest.mark.slow
 def test_whole_pixels():
     best = solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, pixels=32)
     np.testing.assert_array_equal(best.layout.canvas, (1, 2))

@@ -21,7 +21,8 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name == "resnet50" else []) for name in TOWERS])
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("resnet50", "clip_resnet") else [])
+    for name in TOWERS])
 def test_the_last_block_of_every_stage(name):
     fields, names = TOWERS[name]
     module = build.build(ConfigDict({**fields, "dtype": "float32", "bn_groups": 1}))

@@ -150,6 +150,7 @@ def test_ascent_moves_the_most_important_tokens_alone(model):
     assert abs(moved["scale"]["logit_scale"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_step_of_ascent_lowers_the_bad_similarity(model):
     fns, variables, tokens, _ = model
     x = matching(model, 1)
