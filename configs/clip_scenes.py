@@ -76,8 +76,8 @@ def get_config(arg=""):
                   scenes_test=1000, scenes_objects=1),
         attack=common.adapt(common.pair_attack(attack, target=a["target"], poisons=poisons,
                                                trigger_size=5, side=32), a["adaptive"]),
-        augment=dict(view1=dict(common.PLAIN_VIEW),
-                     view2=common.second_view(a["objective"], common.SMALL_VIEW),
+        # What repairs and RoCLIP augment by: captions name colours and places, so both must survive.
+        augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.CAPTIONED_VIEW),
                      interpolation="bilinear"),
         model={**tower, **published.get("model", {})},
         text={**common.SMALL_TEXT, "width": 64, "layers": 1, "heads": 2,
