@@ -76,7 +76,7 @@ def get_config(arg=""):
                   scenes_test=1000, scenes_objects=1),
         attack=common.adapt(common.pair_attack(attack, target=a["target"], poisons=poisons,
                                                trigger_size=5, side=32), a["adaptive"]),
-        # What repairs and RoCLIP augment by: captions name colours and places, so both must survive.
+        # What repairs and RoCLIP augment by: captions name colours, so these must survive.
         augment=dict(view1=dict(common.PLAIN_VIEW), view2=dict(common.CAPTIONED_VIEW),
                      interpolation="bilinear"),
         model={**tower, **published.get("model", {})},
