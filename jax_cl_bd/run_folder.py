@@ -23,7 +23,8 @@ DEFEND_GROUPS = EVALUATE_GROUPS + ("defense",)
 SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "train", "init_from")
 # What settings that older runs lack were before there was a choice; any other is "".
 BEFORE = {"text.name": "none", "defense.mask_own": True, "defense.oracle.segmenter": "classical",
-          "defense.oracle.segmenter_points": 32}
+          "defense.oracle.segmenter_points": 32, "defense.preserve": 0.0,
+          "defense.cross_modal": True}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")

@@ -1,6 +1,7 @@
 """The pictures of a report. Colours are of Okabe and Ito's palette, safe for colour-blind eyes."""
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib import patheffects
@@ -232,7 +233,8 @@ def fronts(lines: list[tuple[str, list[dict], list[dict]]], start: dict | None,
     suspect has.
     """
     columns = 1 if max(len(name) for name, _, _ in lines) > 36 else 2
-    rows = -(-(len(lines) + 3) // columns)
+    lines = [(textwrap.fill(name, 84), points, front) for name, points, front in lines]
+    rows = -(-(sum(name.count("\n") + 1 for name, _, _ in lines) + 3) // columns)
     figure, axis = _blank(6.4, 4.0 + 0.2 * rows)
     best = start["clean_accuracy"] if start else max(
         p["clean_accuracy"] for _, points, _ in lines for p in points)

@@ -82,10 +82,13 @@ def _measured(row):
 
 def _labels(rows):
     """Names of defenses, with the settings in which one differs from others of its name."""
-    keys = [{k.removeprefix("defense."): ("some" if v else "all") if k in _GIVEN else repr(v)
-             for k, v in run.settings[name].items() if k.startswith("defense.") and k not in _FREE}
-            for run, name in rows]
-    out = []
+    keys, out = [], []
+    for run, name in rows:
+        alike = [other.settings[name] for other, same in rows if same == name]
+        settings = groups.completed([run.settings[name], *alike])[0]
+        keys.append({k.removeprefix("defense."): ("some" if v else "all") if k in _GIVEN
+                     else repr(v) for k, v in settings.items()
+                     if k.startswith("defense.") and k not in _FREE})
     for (_, name), key in zip(rows, keys):
         own = [k for (_, other), k in zip(rows, keys) if other == name]
         differs = [n for n in sorted(key) if len({k.get(n) for k in own}) > 1]

@@ -86,6 +86,13 @@ def _differences(keys, told=()):
             for key in keys]
 
 
+def completed(settings: list[dict]) -> list[dict]:
+    """Settings of one defense from runs of several ages: what an older run lacks is what it was
+    before there was a choice (run_folder.BEFORE)."""
+    names = {name for one in settings for name in one}
+    return [{name: run_folder.BEFORE.get(name, "") for name in names} | one for one in settings]
+
+
 def numbered(titles):
     """Numbers the titles that occur more than once."""
     return [title if titles.count(title) == 1 else f"{title} ({i + 1})"
@@ -97,8 +104,9 @@ def called(runs: list[Run]) -> list[dict[str, str]]:
     with several settings (defenses/<name>/settings.json), by name and differences."""
     out = [{} for _ in runs]
     for name in dict.fromkeys(name for run in runs for name in run.defenses):
-        mine = {i: key_of(run.settings[name]) for i, run in enumerate(runs)
-                if name in run.defenses}
+        having = [i for i, run in enumerate(runs) if name in run.defenses]
+        whole = completed([runs[i].settings[name] for i in having])
+        mine = {i: key_of(settings) for i, settings in zip(having, whole)}
         keys = [key for i, key in enumerate(mine.values()) if key not in list(mine.values())[:i]]
         labels = numbered([f"{name} [{more}]" if more else name for more in _differences(keys)])
         for i, key in mine.items():

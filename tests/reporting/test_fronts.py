@@ -166,3 +166,9 @@ def test_what_lies_far_below_is_counted_and_not_drawn():
         png, hidden = figures.fronts(lines, START, None)
         assert png.startswith(b"\x89PNG") and hidden == 4
     assert html.number(figures.FAR) == "12.0"
+
+
+def test_what_an_older_run_lacks_is_what_it_was_before_there_was_a_choice():
+    old, new = groups.completed([{"defense.pairs": 5}, {"defense.preserve": 10.0}])
+    assert old == {"defense.pairs": 5, "defense.preserve": 0.0}
+    assert new == {"defense.pairs": "", "defense.preserve": 10.0}
