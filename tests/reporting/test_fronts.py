@@ -10,7 +10,7 @@ from scipy import stats
 
 from configs import clip_scenes
 from jax_cl_bd import report, run_folder
-from jax_cl_bd.reporting import figures, fronts, html, read
+from jax_cl_bd.reporting import figures, fronts, groups, html, read
 
 START = {"clean_accuracy": 0.95, "attack_success_rate": 0.9}
 
