@@ -178,6 +178,31 @@ def train(cfg, own, suspect, rows, *, first: Callable, make_step: Callable,
     return variables, own, points
 
 
+def check_clip(cfg: ml_collections.ConfigDict, what: str = "") -> None:
+    """Refuses a model that was not pretrained by CLIP's loss, on which a repair's own loss builds.
+
+    `what`: the setting that is for CLIP models alone; "" the defense as a whole. Raises UserError.
+    """
+    if training.plain(cfg).objective.name != "clip":
+        raise UserError(f"{what or f'defense {cfg.defense.name}'} is for models pretrained with "
+                        f"objective 'clip'; this one has {cfg.objective.name!r}")
+
+
+def check_batch(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Refuses fewer clean pairs than one batch. Raises UserError."""
+    if clean < cfg.defense.batch_size:
+        raise UserError(f"{clean} clean pairs are fewer than one batch of defense.batch_size="
+                        f"{cfg.defense.batch_size}")
+
+
+def with_loss(cfg, name: str, **fields) -> ml_collections.ConfigDict:
+    """A copy of the config with an objective that is for repairs alone, and its own fields; what
+    the victim was trained by stays in objective.base."""
+    own = training.plain(cfg)
+    own.objective.update(base=own.objective.name, name=name, **fields)
+    return own
+
+
 def described(cfg) -> ml_collections.ConfigDict:
     """The config of a repaired model: the victim's, with the repair's loss and batches. A victim of
     RoCLIP or SafeCLIP is repaired as CLIP, by CLIP's loss."""
@@ -193,8 +218,9 @@ def keep(folder: epath.Path, cfg, variables, step: int, suspect) -> None:
     """Leaves a model in a defense's folder as a run leaves its own. Its config names the victim's
     loss, not one that is for repairs alone."""
     kept = ml_collections.ConfigDict(cfg.to_dict())
-    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    kept.objective.name = getattr(objective, "BASE", cfg.objective.name)
+    if "base" in kept.objective:  # see `with_loss`
+        kept.objective.name = kept.objective.base
+        del kept.objective.base
     run_folder.write_config(folder, kept)
     if cfg.text.name != "none":
         suspect.pair.tokenizer.save(folder / "tokenizer.json")

@@ -11,8 +11,7 @@ from etils import epath
 
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import abd, training
+from jax_cl_bd.objectives import abd
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -25,13 +24,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             pairs than one batch.
     """
     _sweep.check(cfg)
-    if training.plain(cfg).objective.name != "clip":
-        raise UserError("defense abd is for models pretrained with objective 'clip'; this one has "
-                        f"{cfg.objective.name!r}")
+    _sweep.check_clip(cfg)
     abd.heads(_sweep.described(_described(cfg)).objective)
-    if clean < cfg.defense.batch_size:
-        raise UserError(f"{clean} clean pairs are fewer than one batch of defense.batch_size="
-                        f"{cfg.defense.batch_size}")
+    _sweep.check_batch(cfg, clean)
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -48,6 +43,5 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own, d = training.plain(cfg), cfg.defense
-    own.objective.update(name="abd", budget=d.budget, pgd_steps=d.pgd_steps, pgd_rate=d.pgd_rate)
-    return own
+    d = cfg.defense
+    return _sweep.with_loss(cfg, "abd", budget=d.budget, pgd_steps=d.pgd_steps, pgd_rate=d.pgd_rate)

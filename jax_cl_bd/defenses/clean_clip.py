@@ -28,7 +28,6 @@ from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import training
 
 _SEED = 7937  # of the draw of pairs, beside cfg.seed
 
@@ -43,18 +42,21 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """
     _sweep.check(cfg)
     d = cfg.defense
-    if not d.get("cross_modal", True) and d.in_modality <= 0:  # cleaner_clip has no such field
-        raise UserError(f"defense.cross_modal=False and in_modality={d.in_modality} leave no loss; "
-                        "set one of them")
-    if not d.get("cross_modal", True) and training.plain(cfg).objective.name != "clip":
-        raise UserError("defense.cross_modal=False is for models pretrained with objective 'clip'; "
-                        f"this one has {cfg.objective.name!r}")
+    if not d.cross_modal:
+        if d.in_modality <= 0:
+            raise UserError(f"defense.cross_modal=False and in_modality={d.in_modality} leave no "
+                            "loss; set one of them")
+        _sweep.check_clip(cfg, "defense.cross_modal=False")
+    check_pairs(cfg, clean)
+
+
+def check_pairs(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Refuses a number of pairs that is not there, or less than one batch. Raises UserError."""
+    d = cfg.defense
     if not 0 <= d.pairs <= clean:
         raise UserError(f"defense.pairs={d.pairs} must be 0 (all) to the {clean} clean pairs; "
                         f"raise defense.clean_fraction={d.clean_fraction} for more")
-    if (d.pairs or clean) < d.batch_size:
-        raise UserError(f"{d.pairs or clean} clean pairs are fewer than one batch of "
-                        f"defense.batch_size={d.batch_size}")
+    _sweep.check_batch(cfg, d.pairs or clean)
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -65,9 +67,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     """
     del truth
     label = "control" if folder.name == "control" else "victim"
-    clean, own = drawn(cfg, data.clean), training.plain(cfg)
-    if not cfg.defense.cross_modal:
-        own.objective.name = "unimodal"
+    clean = drawn(cfg, data.clean)
+    own = cfg if cfg.defense.cross_modal else _sweep.with_loss(cfg, "unimodal")
     repaired = _sweep.repair(own, victims[0], clean, data.validation, mesh=mesh, folder=folder,
                              key=key, label=f"clean {label}")
     return dataclasses.replace(repaired,

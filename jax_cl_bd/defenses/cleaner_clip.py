@@ -19,7 +19,7 @@ from jax_cl_bd.data.sub_captions import SubCaptions, spelt, subject
 from jax_cl_bd.defenses import _sweep, clean_clip
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import cleaner_clip, training
+from jax_cl_bd.objectives import cleaner_clip
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -31,10 +31,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
         UserError: those of defenses/clean_clip.py and objectives/cleaner_clip.py, a model that is
             not CLIP's, fewer than two class names.
     """
-    clean_clip.check(cfg, clean)
-    if training.plain(cfg).objective.name != "clip":
-        raise UserError("defense cleaner_clip is for models pretrained with objective 'clip'; this "
-                        f"one has {cfg.objective.name!r}")
+    _sweep.check(cfg)
+    clean_clip.check_pairs(cfg, clean)
+    _sweep.check_clip(cfg)
     cleaner_clip.heads(_described(cfg).objective)
     names = {spelt(name) for name in sources.load(cfg.data, "train").classes}
     if len(names) < 2:
@@ -62,7 +61,5 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own = training.plain(cfg)
-    own.objective.update(name="cleaner_clip", align=cfg.defense.align,
-                         negatives=cfg.defense.negatives)
-    return own
+    return _sweep.with_loss(cfg, "cleaner_clip", align=cfg.defense.align,
+                            negatives=cfg.defense.negatives)

@@ -1,7 +1,7 @@
 """InverTune: the suspected target, its trigger by inversion, and tuning of the neurons it moves.
 
 Sun et al., "InverTune: Removing Backdoors from Multimodal Contrastive Learning Models via Trigger
-Inversion and Activation Tuning", NDSS 2026, arXiv 2506.12411; code Goodman-liyu/InverTune, read for
+Inversion and Activation Tuning", arXiv 2506.12411; code Goodman-liyu/InverTune, read for
 facts. Three steps:
 
 1. Target (TargetLabel.py): validation images under a universal adversarial patch; the class whose
@@ -48,7 +48,7 @@ from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import activations, weights_file
 from jax_cl_bd.models import encoder as encoders
-from jax_cl_bd.objectives import invertune, training
+from jax_cl_bd.objectives import invertune
 
 NEEDS_LABELS = True  # of the validation images and the clean ones
 RISES = ("absolute", "relative")
@@ -76,9 +76,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if d.surrogate and not any(place.exists() for place in places):
         raise UserError(f"defense.surrogate={d.surrogate!r} must be a run folder or a hub folder: "
                         "it has neither config.json nor model.safetensors")
-    if clean < d.batch_size:
-        raise UserError(f"{clean} clean pairs are fewer than one batch of defense.batch_size="
-                        f"{d.batch_size}")
+    _sweep.check_batch(cfg, clean)
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -216,6 +214,5 @@ def _draw(folder, suspect, x, trigger, name, probe) -> dict[str, str]:
 
 
 def _described(cfg):
-    own, d = training.plain(cfg), cfg.defense
-    own.objective.update(name="invertune", align=d.align, preserve=d.preserve, norm=d.norm)
-    return own
+    d = cfg.defense
+    return _sweep.with_loss(cfg, "invertune", align=d.align, preserve=d.preserve, norm=d.norm)

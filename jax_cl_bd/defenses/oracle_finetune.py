@@ -30,7 +30,6 @@ from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.metrics import Progress
-from jax_cl_bd.objectives import training
 
 NEEDS_LABELS = True  # of the images, for its oracle and its validation
 NEEDS_POOL = True  # the pairs that the suspect was trained on
@@ -44,10 +43,8 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     check_search(cfg)
     if cfg.defense.preserve < 0:
         raise UserError(f"defense.preserve={cfg.defense.preserve} must be 0 (off) or more")
-    if cfg.defense.preserve and training.plain(cfg).objective.name != "clip":
-        raise UserError(f"defense.preserve={cfg.defense.preserve} is for models pretrained with "
-                        f"objective 'clip'; this one has {cfg.objective.name!r}, so set "
-                        "--config.defense.preserve=0")
+    if cfg.defense.preserve:
+        _sweep.check_clip(cfg, f"defense.preserve={cfg.defense.preserve} (0 leaves it out)")
     if clean < 2:
         raise UserError("defense oracle_finetune needs trusted images; raise "
                         f"defense.clean_fraction={cfg.defense.clean_fraction}")
@@ -125,19 +122,14 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     if len(pairs) < cfg.defense.batch_size:
         raise UserError(f"the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
                         f"{cfg.defense.batch_size}; raise defense.curate.per_label")
-    own = _described(cfg, sum(parts[name] for name in _compact_set.UNTOUCHED))
+    own = cfg
+    if cfg.defense.preserve:
+        own = _sweep.with_loss(cfg, "preserve", preserve=cfg.defense.preserve,
+                               untouched=sum(parts[name] for name in _compact_set.UNTOUCHED))
     repaired = _sweep.repair(own, suspect, pairs, data.validation, mesh=mesh, folder=folder,
                              key=tune_key, label=f"repair {label}", steps_before=_oracle.steps(cfg))
     lap("fine-tune")
     return dataclasses.replace(repaired, verdict=verdict | repaired.verdict, report=report)
-
-
-def _described(cfg, untouched: int):
-    """The config of the repaired model, with the loss that it is repaired by."""
-    own = training.plain(cfg)
-    if cfg.defense.preserve:
-        own.objective.update(name="preserve", preserve=cfg.defense.preserve, untouched=untouched)
-    return own
 
 
 def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):

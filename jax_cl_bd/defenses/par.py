@@ -10,8 +10,7 @@ from etils import epath
 
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError
-from jax_cl_bd.objectives import par, training
+from jax_cl_bd.objectives import par
 
 NEEDS_LABELS = True  # of the validation images
 
@@ -24,13 +23,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             pairs than one batch.
     """
     _sweep.check(cfg)
-    if training.plain(cfg).objective.name != "clip":
-        raise UserError("defense par is for models pretrained with objective 'clip'; this one has "
-                        f"{cfg.objective.name!r}")
+    _sweep.check_clip(cfg)
     par.heads(_described(cfg).objective)
-    if clean < cfg.defense.batch_size:
-        raise UserError(f"{clean} clean pairs are fewer than one batch of defense.batch_size="
-                        f"{cfg.defense.batch_size}")
+    _sweep.check_batch(cfg, clean)
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -47,6 +42,4 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
 
 
 def _described(cfg):
-    own = training.plain(cfg)
-    own.objective.update(name="par", tau=cfg.defense.tau)
-    return own
+    return _sweep.with_loss(cfg, "par", tau=cfg.defense.tau)

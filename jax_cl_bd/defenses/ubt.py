@@ -55,9 +55,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     del clean
     _sweep.check(cfg)
     d = cfg.defense
-    if training.plain(cfg).objective.name != "clip":
-        raise UserError("defense ubt is for models pretrained with objective 'clip'; this one has "
-                        f"{cfg.objective.name!r}")
+    _sweep.check_clip(cfg)
     unlearn_tokens.heads(_described(cfg, 0, ()).objective)
     for name, value in (("overfit.fraction", d.overfit.fraction),
                         ("clean_looking", d.clean_looking), ("bad_share", d.bad_share)):
@@ -161,8 +159,8 @@ def _score(poisoned, bad):
 
 
 def _described(cfg, first_bad, special):
-    d, own = cfg.defense, training.plain(cfg)
-    own.objective.update(name="unlearn_tokens", first_bad=first_bad, weight=d.weight,
-                         tokens=d.tokens, floor=d.floor, ascend=d.ascend, special=special)
+    d = cfg.defense
+    own = _sweep.with_loss(cfg, "unlearn_tokens", first_bad=first_bad, weight=d.weight,
+                           tokens=d.tokens, floor=d.floor, ascend=d.ascend, special=special)
     own.objective.in_modality = float(d.in_modality)
     return own

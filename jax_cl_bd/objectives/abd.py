@@ -26,7 +26,6 @@ from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import cosine
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 init_extra, after_update, constrain = clip.init_extra, clip.after_update, clip.constrain
 
 

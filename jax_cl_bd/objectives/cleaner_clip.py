@@ -27,7 +27,6 @@ from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 constrain, after_update, init_extra = clip.constrain, clip.after_update, clip.init_extra
 
 

@@ -25,7 +25,6 @@ from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import normalise
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 NORMS = ("train", "test")
 after_update = clip.after_update
 

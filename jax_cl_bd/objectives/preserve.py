@@ -21,7 +21,6 @@ from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import normalise
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 constrain, after_update = clip.constrain, clip.after_update
 
 

@@ -9,7 +9,6 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import clip, in_modality
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 init_extra, constrain, after_update = in_modality.init_extra, clip.constrain, clip.after_update
 
 

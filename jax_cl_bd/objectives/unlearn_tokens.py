@@ -33,7 +33,6 @@ from jax_cl_bd.objectives import clip, in_modality
 from jax_cl_bd.objectives.embeddings import normalise
 
 TEXT = True
-BASE = "clip"  # what the model that it repairs is trained by
 constrain, after_update, init_extra = clip.constrain, clip.after_update, clip.init_extra
 FLOORS = ("pairs", "strangers")
 ASCENDS = ("tokens", "model")

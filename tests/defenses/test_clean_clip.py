@@ -7,35 +7,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jax_cl_bd
-from configs import clip_scenes
-from jax_cl_bd import defend, metrics, parallel
+from jax_cl_bd import defend, metrics
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import sources, texts
 from jax_cl_bd.defenses import _sweep, clean_clip, fine_tune
-from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
-from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    cfg = clip_scenes.get_config("debug,defense=clean_clip")
-    cfg.data.scenes_train = 40
-    cfg.mesh.data = 1
-    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
-    return cfg
+    return small_repair.config("clean_clip")
 
 
 def repaired(cfg, folder, truth=None, method=clean_clip):
-    mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
-    suspect = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
-                               texts.make_tokenizer(cfg, source))
-    before = jax.tree.map(np.array, suspect.pair.variables)
-    found = method.run(cfg, [suspect], Given(source, defend.validation(cfg)), truth, mesh,
-                       epath.Path(folder), jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, before, suspect.pair.variables)
-    return suspect, found
+    return small_repair.run(method, cfg, folder, truth)
 
 
 def test_moves_weights_and_the_truth_changes_nothing(cfg, tmp_path):

@@ -5,36 +5,24 @@ import json
 import jax
 import numpy as np
 import pytest
-from etils import epath
 from ml_collections import ConfigDict
 
 import jax_cl_bd
-from configs import clip_scenes
-from jax_cl_bd import defend, parallel
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import sources, texts
+from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import cleaner_clip
-from jax_cl_bd.defenses.given import Given, Truth
+from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import encoder
-from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    cfg = clip_scenes.get_config("debug,defense=cleaner_clip")
-    cfg.data.scenes_train = 40
-    cfg.mesh.data = 1
-    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
-    return cfg
+    return small_repair.config("cleaner_clip")
 
 
 def repaired(cfg, folder, truth=None):
-    mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
-    suspect = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
-                               texts.make_tokenizer(cfg, source))
-    return cleaner_clip.run(cfg, [suspect], Given(source, defend.validation(cfg)), truth, mesh,
-                            epath.Path(folder), jax.random.key(0))
+    return small_repair.run(cleaner_clip, cfg, folder, truth)[1]
 
 
 @pytest.mark.slow

@@ -6,20 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from ml_collections import ConfigDict
 from skimage.metrics import structural_similarity
 
 import jax_cl_bd
-from configs import clip_scenes
-from jax_cl_bd import defend, parallel
+from jax_cl_bd import parallel
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.defenses import _invert, invertune
-from jax_cl_bd.defenses.given import Given, Truth
+from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 from tests.objectives.reference import unit
 
 SCORES = ("target_label_correct", "mask_iou")
@@ -59,19 +58,11 @@ def suspect():
 
 @pytest.fixture(scope="module")
 def cfg():
-    cfg = clip_scenes.get_config("debug,defense=invertune")
-    cfg.data.scenes_train = 40
-    cfg.mesh.data = 1
-    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
-    return cfg
+    return small_repair.config("invertune")
 
 
 def repaired(cfg, folder, truth=None):
-    mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
-    given = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
-                             texts.make_tokenizer(cfg, source))
-    return given, invertune.run(cfg, [given], Given(source, defend.validation(cfg)), truth, mesh,
-                                epath.Path(folder), jax.random.key(0))
+    return small_repair.run(invertune, cfg, folder, truth)
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_bad_settings_are_refused(cfg):
             oracle_finetune.check(mine, 100)
     mine = ConfigDict(cfg.to_dict())
     mine.objective.name = "siglip"
-    with pytest.raises(UserError, match="preserve=0"):
+    with pytest.raises(UserError, match="preserve=10.0 .0 leaves it out."):
         oracle_finetune.check(mine, 100)
     mine = ConfigDict(cfg.to_dict())
     mine.text = ConfigDict({"name": "none"})

@@ -9,25 +9,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import preserve
 from tests.objectives.reference import differences, unit
 from tests.objectives.test_clip import config, pairs, reference
-
-NAMES = ("encoder", "image_projection", "text", "text_projection")
-LOG_SCALE = 2.0
-
-
-def towers():
-    """Each tower adds its one parameter, so that suspect and student differ by it."""
-    def shifted(name):
-        return lambda v, x, train: (x + v["params"][name], {})
-
-    fns = {name: shifted(name) for name in NAMES}
-    fns["scale"] = lambda v, x, train: ((v["params"]["scale"]["logit_scale"], None), {})
-    return fns
-
-
-def variables(image, text):
-    params = {name: np.float32(0) for name in NAMES} | {"encoder": image, "text": text}
-    return {"params": params | {"scale": {"logit_scale": np.float32(LOG_SCALE)}},
-            "batch_stats": {name: {} for name in (*NAMES, "scale")}}
+from tests.objectives.test_par import LOG_SCALE, towers, variables
 
 
 def loss(image, text, x, y, untouched, weight=3.0):
@@ -64,7 +46,6 @@ def test_value_gradient_and_metrics(untouched, rows):
         np.testing.assert_allclose(got, ref, rtol=2e-3, atol=2e-4 * np.abs(ref).max())
 
 
-def test_it_needs_a_weight_and_names_what_it_repairs():
+def test_it_needs_a_weight():
     with pytest.raises(UserError, match="preserve = 0"):
         preserve.heads(ConfigDict({**config().objective.to_dict(), "preserve": 0.0}))
-    assert preserve.BASE == "clip"
