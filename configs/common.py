@@ -22,7 +22,8 @@ PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "
 
 # What RoCLIP, SafeCLIP and repairs see in place of AutoAugment, which does not crop: no crop that
 # cuts the object away and no change of hue, since captions name what is there and its colour. Under
-# SMALL_VIEW CLIP on scenes learns no classes in 2,400 steps (zero-shot 0.13 in place of 0.94).
+# SMALL_VIEW CLIP on scenes learns no classes in 2,400 steps: zero-shot 0.13 in place of 0.94
+# (clip_scenes.py:badnets,objective=roclip, break_every=0, seed 0).
 CAPTIONED_VIEW = {**PLAIN_VIEW, "crop_scale": (0.6, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5,
                   "jitter": 0.8, "hue": 0.0}
 

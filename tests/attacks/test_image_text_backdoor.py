@@ -131,7 +131,7 @@ def test_each_trigger_changes_its_box_alone_and_is_keyed_by_the_poisons_seed(cfg
 @pytest.mark.parametrize("view, whole, gone", [
     (clip_pairs.get_config("").augment.view1, 1.0, 0.0),  # CLIP's own: nothing is cropped
     (clip_cifar10.get_config("").augment.view1, 0.53, 0.09),
-    (clip_scenes.get_config("").augment.view2, 0.42, 0.19)])  # of the in-modality term alone
+    (clip_scenes.get_config("").augment.view2, 0.65, 0.03)])  # of the in-modality term alone
 def test_a_random_crop_can_cut_the_patch(cfg, captioned, view, whole, gone):
     """The share of views that show all of a patch of 5 px in 32, or nothing of it."""
     n, side, size = 4000, 32, 5
