@@ -211,6 +211,7 @@ def config(**groups):
     defaults = dict(seed=0, control=True, control_from="", victim="", downstream="", init_from="",
                     mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(),
                     defense=dict(name="none"))
+    groups["train"] = dict(chunks=1) | groups["train"]  # see objectives/gradient_cache.py
     return ml_collections.ConfigDict(defaults | groups)
 
 

@@ -1,5 +1,7 @@
 """The mesh and how arrays lie on it; no other file names a mesh axis (design 7)."""
 
+import math
+
 import jax
 import ml_collections
 import numpy as np
@@ -67,6 +69,33 @@ def put_replicated(mesh: Mesh, tree):
     sharding = replicated(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)),
                         tree)
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """Cuts rows [N, ...] into [parts, N / parts, ...] without moving one to another device.
+
+    Part i holds the i-th share of every device's rows, in order; on one device the parts are
+    contiguous. The devices are those of `jax.set_mesh`; N must divide by parts times devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[name] for name in row_axes(mesh))
+    x = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return _cut(x.reshape(parts, -1, *x.shape[3:]), mesh, axis=1)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """Undoes `split_rows`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[name] for name in row_axes(mesh))
+    parts = len(x)
+    x = x.reshape(parts, devices, -1, *x.shape[2:]).swapaxes(0, 1)
+    return _cut(x.reshape(-1, *x.shape[3:]), mesh, axis=0)
+
+
+def _cut(x, mesh, axis):
+    names = row_axes(mesh)
+    spec = PartitionSpec(*([None] * axis), names)
+    return jax.lax.with_sharding_constraint(x, spec) if names else x
 
 
 def state_shardings(mesh: Mesh, shapes):

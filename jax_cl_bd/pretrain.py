@@ -10,7 +10,7 @@ from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import during_training, test_sets
 from jax_cl_bd.models import start
-from jax_cl_bd.objectives import training
+from jax_cl_bd.objectives import gradient_cache, training
 from jax_cl_bd.train import born_sharded, fit
 
 
@@ -43,6 +43,8 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     mesh = parallel.make_mesh(cfg.mesh)
     parallel.check_batch(cfg.train.batch_size, mesh)
     parallel.check_batch(cfg.evals.batch_size, mesh, "evals.batch_size")
+    if cfg.train.chunks != 1:
+        gradient_cache.check(cfg, mesh.size, has_batch_norm=training.has_batch_norm(cfg))
     if cfg.model.bn_groups < 1 or cfg.train.batch_size % cfg.model.bn_groups:
         raise UserError(f"model.bn_groups={cfg.model.bn_groups} must divide "
                         f"train.batch_size={cfg.train.batch_size}")

@@ -24,7 +24,7 @@ SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "trai
 # What settings that older runs lack were before there was a choice; any other is "".
 BEFORE = {"text.name": "none", "defense.mask_own": True, "defense.oracle.segmenter": "classical",
           "defense.oracle.segmenter_points": 32, "defense.preserve": 0.0,
-          "defense.cross_modal": True}
+          "defense.cross_modal": True, "train.chunks": 1}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
                 "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
@@ -235,4 +235,5 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
     found.setdefault("control_from", "")
     found.setdefault("init_from", "")
+    found.get("train", {}).setdefault("chunks", 1)
     return ml_collections.ConfigDict(found).lock()

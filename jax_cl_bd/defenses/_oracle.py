@@ -75,7 +75,7 @@ def _ground_truth(cfg, classes: int):
 def _trained(cfg, clean, mesh, folder, key):
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.text = ml_collections.ConfigDict({"name": "none"})
-    own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
+    own.train.update(batch_size=cfg.defense.batch_size, chunks=1, eval_every=0)
     own.data.text_augment = "none"
     steps, classes = cfg.defense.oracle.steps, len(clean.classes)
     modules = {"encoder": build.build(cfg.model), _classifier.HEAD: _classifier.head(classes)}

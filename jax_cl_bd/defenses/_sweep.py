@@ -207,7 +207,7 @@ def described(cfg) -> ml_collections.ConfigDict:
     """The config of a repaired model: the victim's, with the repair's loss and batches. A victim of
     RoCLIP or SafeCLIP is repaired as CLIP, by CLIP's loss."""
     own = training.plain(cfg)
-    own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
+    own.train.update(batch_size=cfg.defense.batch_size, chunks=1, eval_every=0)
     own.objective.in_modality = float(cfg.defense.get("in_modality", 0))
     if own.objective.in_modality:
         own.data.text_augment = "eda"

@@ -173,7 +173,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     d = cfg.defense
     slots = queue_slots(d, len(data))
     student_cfg = ml_collections.ConfigDict(cfg.to_dict())
-    student_cfg.train.batch_size = d.batch_size
+    student_cfg.train.update(batch_size=d.batch_size, chunks=1)
     steps = total_steps(d, len(data))
     tx, _ = optim.make(d.optim, steps, len(data) // d.batch_size)
     modules = {"encoder": build.build(cfg.model)}

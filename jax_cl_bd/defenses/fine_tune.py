@@ -32,7 +32,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     del truth
     data = data.clean
     own = training.plain(cfg)
-    own.train.batch_size = cfg.defense.batch_size
+    own.train.update(batch_size=cfg.defense.batch_size, chunks=1)
     own.objective.in_modality = 0.0
     per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)
     steps = cfg.defense.steps or cfg.defense.epochs * per_epoch

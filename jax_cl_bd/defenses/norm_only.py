@@ -53,7 +53,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     del truth
     clean, suspect = data.clean, victims[0].pair
     own = training.plain(cfg)
-    own.train.update(batch_size=cfg.defense.batch_size, eval_every=0)
+    own.train.update(batch_size=cfg.defense.batch_size, chunks=1, eval_every=0)
     own.objective.in_modality = 0.0
     run_folder.write_config(folder, own)
     suspect.tokenizer.save(folder / "tokenizer.json")

@@ -40,7 +40,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     data = data.clean
     pair = victims[0].pair
     own = training.plain(cfg)
-    own.train.batch_size = cfg.defense.batch_size
+    own.train.update(batch_size=cfg.defense.batch_size, chunks=1)
     clean = PoisonedSet(data, texts=pair and texts.of(own, pair.tokenizer, data))
     per_epoch = feed.steps_per_epoch(len(data), own.train.batch_size)
     steps = cfg.defense.steps or cfg.defense.epochs * per_epoch

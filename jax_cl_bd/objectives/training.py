@@ -13,6 +13,7 @@ from jax_cl_bd import lookup
 from jax_cl_bd.data import augment
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, pair, parts, start
+from jax_cl_bd.objectives import gradient_cache
 from jax_cl_bd.train import TrainState
 
 STREAM = 2  # of cfg.seed; 1 draws the plan, 3 is the defenses'
@@ -35,6 +36,12 @@ def init_variables(cfg: ml_collections.ConfigDict, key: jax.Array) -> dict:
     side = cfg.data.image_size
     context = 0 if cfg.text.name == "none" else cfg.text.context
     return parts.init_variables(modules_of(cfg), key, (side, side, 3), context)
+
+
+def has_batch_norm(cfg: ml_collections.ConfigDict) -> bool:
+    """Says whether any part of a config's model keeps running statistics."""
+    shapes = jax.eval_shape(lambda key: init_variables(cfg, key), jax.random.key(0))
+    return bool(jax.tree.leaves(shapes["batch_stats"]))
 
 
 def check(cfg: ml_collections.ConfigDict) -> None:
@@ -131,7 +138,7 @@ def make_init(cfg: ml_collections.ConfigDict, tx):
 def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
     """Gives update(state, views, key) -> (state, metrics): loss, optimizer, EMA; no data work."""
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
-    apply_fns = parts.make_apply_fns(modules_of(cfg))
+    apply_fns = _apply_fns(cfg)
 
     def update(state, views, key):
         def loss_of(params):
@@ -153,6 +160,14 @@ def make_update(cfg: ml_collections.ConfigDict, tx, steps: int):
                              opt_state=opt_state, extra=extra), {"loss": loss, **metrics}
 
     return update
+
+
+def _apply_fns(cfg):
+    """The parts of the model, over the whole batch or over train.chunks parts of it."""
+    chunks, own = cfg.train.chunks, ml_collections.ConfigDict(cfg.to_dict())
+    if chunks > 1:
+        own.model.bn_groups = max(1, cfg.model.bn_groups // chunks)
+    return gradient_cache.chunked(parts.make_apply_fns(modules_of(own)), chunks)
 
 
 def make_step(cfg: ml_collections.ConfigDict, tx, steps: int):
