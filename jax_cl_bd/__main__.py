@@ -1,5 +1,6 @@
 """python -m jax_cl_bd --config=FILE[:args] --workdir=DIR [--stages=...] [--config.key=value ...]"""
 
+import contextlib
 import signal
 import sys
 
@@ -7,7 +8,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from jax_cl_bd import host_memory, run_folder
+from jax_cl_bd import host_memory, multihost, run_folder
 from jax_cl_bd.errors import UserError, unknown
 
 STAGES = ("poison", "pretrain", "evaluate", "defend", "report")
@@ -15,6 +16,14 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True,
                                          help_string="An experiment file, FILE.py[:arg,key=value].")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, local or gs://.")
 ONLY = flags.DEFINE_list("stages", list(STAGES), f"Some of {','.join(STAGES)}.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, in a job of "
+                                  "several processes that no cluster tells of itself.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes such a job has (1: alone, "
+                                 "whatever a cluster says).")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOINED = flags.DEFINE_bool("joined", False, "Set by a job's process where it joins the others.")
+ALSO_CHECK = flags.DEFINE_list("also_check", [], "Stages that run later, in another process; set "
+                               "by a job's process 0.")
 FORCE = flags.DEFINE_enum("force", None, STAGES, "Redo this stage, and drop what depends on it.")
 
 
@@ -47,6 +56,20 @@ def parse_flags(argv: list[str]) -> None:
         raise UserError(f"--force={FORCE.value} needs {FORCE.value} among --stages")
 
 
+def _shared(words: list[str]) -> list[str]:
+    """The flags that all processes of a job and all its stages have."""
+    own = ("stages", "force", "coordinator", "processes", "process_id")
+    kept, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name, given, _ = word.lstrip("-").partition("=")
+        if name not in own:
+            kept.append(word)
+        elif not given:
+            words.pop(0)  # its value
+    return kept
+
+
 def _one_line(text: str) -> str:
     """A message of absl; where it holds the traceback of a config file, that one's last line."""
     if "Traceback" in text:
@@ -61,15 +84,22 @@ def main(argv: list[str]) -> int:
         The exit status: 1 where a vetting found something, else 0.
     """
     parse_flags(argv)
+    job = multihost.find(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    if job and not JOINED.value:
+        return multihost.supervise(job, _shared(argv[1:]), ONLY.value, FORCE.value)
     host_memory.keep_pages()
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
+    if job:
+        multihost.join(job)
     from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
 
     folder = epath.Path(WORKDIR.value)
     cfg = stages.with_victim(CONFIG.value)
     chosen = [s for s in STAGES if s in ONLY.value]
-    stages.check(cfg, chosen)
-    with run_folder.locked(folder):
+    stages.check(cfg, chosen + ALSO_CHECK.value)
+    if job:
+        stages.check_alike(cfg)
+    with run_folder.locked(folder) if multihost.is_writer() else contextlib.nullcontext():
         stages.run(cfg, folder, chosen, FORCE.value)
         return int(stages.suspicious(cfg, folder))
 

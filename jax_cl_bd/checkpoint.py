@@ -5,11 +5,10 @@ import json
 import os
 import sys
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jax_cl_bd import run_folder
+from jax_cl_bd import multihost, run_folder
 
 KEEP = 2  # the newest, and the one to fall back on
 DIGESTS = "digests.json"
@@ -33,7 +32,7 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
         manager.wait_until_finished()
     except ValueError as error:  # tensorstore's word for what the file system refused
         raise OSError(f"step {step} could not be saved in {manager.directory}: {error}") from None
-    if jax.process_index() == 0:
+    if multihost.is_writer():
         folder = manager.directory / str(step)
         run_folder.write_json(folder / DIGESTS, _digests(folder))
 

@@ -58,6 +58,22 @@ def read_lines(path: epath.Path) -> list[dict]:
     return lines
 
 
+class Silent:
+    """In place of Writer and Progress in processes that do not report."""
+
+    def __init__(self, *ignored):
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def update(self, count: int = 1, note: str | None = None) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 class Progress:
     """A bar with rate and ETA on a terminal, a plain line every `seconds` elsewhere."""
 

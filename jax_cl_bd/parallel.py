@@ -5,6 +5,7 @@ import math
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_cl_bd.errors import UserError
@@ -62,6 +63,18 @@ def put_rows(mesh: Mesh, batch, axis: int = 0):
     """Makes global arrays from this process's part of a batch."""
     sharding = rows(mesh, axis)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def share_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Makes a global array, cut by rows, of one that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, rows(mesh), lambda at: array[at])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Fetches a whole array, also one whose parts lie on the devices of several processes."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def put_replicated(mesh: Mesh, tree):

@@ -4,7 +4,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import evaluate, optim, parallel, poison, run_folder
+from jax_cl_bd import evaluate, multihost, optim, parallel, poison, run_folder
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError
@@ -36,6 +36,9 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
     `rows`: those of the source.
     """
     training.check(cfg)
+    if jax.process_count() > 1 and training.looks_at_all(cfg):
+        raise UserError(f"objective {cfg.objective.name!r} looks at all data between steps, which "
+                        f"one process must hold; this job has {jax.process_count()}")
     steps, per_epoch = total_steps(cfg, rows)
     training.check_steps(training.sized(cfg, rows=rows, steps_per_epoch=per_epoch), steps)
     optim.make(cfg.optim, steps, per_epoch)
@@ -79,10 +82,11 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     tx, _ = optim.make(cfg.optim, steps, per_epoch)
     weights = start.load(cfg)
     for label, (place, dataset) in sets.items():
-        if run_folder.is_done(place / "pretrain"):
+        if multihost.of_writer(run_folder.is_done(place / "pretrain")):
             continue
-        run_folder.write_config(place, cfg)
-        run_folder.begin(place / "pretrain", settings)
+        if multihost.is_writer():
+            run_folder.write_config(place, cfg)
+            run_folder.begin(place / "pretrain", settings)
         own = training.sized(cfg, rows=len(dataset.pair), steps_per_epoch=per_epoch)
         training.check_steps(own, steps)  # again: by now the length of an epoch is certain
         state, shardings = born_sharded(training.make_init(own, tx), training.first_key(cfg), mesh,
@@ -93,7 +97,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
         fit(training.make_step(own, tx, steps), state, shardings, rows_feed, folder=place,
             steps=steps, cfg_train=cfg.train, mesh=mesh, label=f"pretrain {label}", evaluate=watch,
             refresh=training.make_refresh(own, rows_feed, mesh))
-        run_folder.finish(place / "pretrain", settings, step=steps)
+        if multihost.is_writer():
+            run_folder.finish(place / "pretrain", settings, step=steps)
 
 
 def _watched(cfg, source, folder):

@@ -4,11 +4,20 @@ import errno
 import sys
 import textwrap
 
-import jax
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import checkpoint, defend, evaluate, lookup, poison, pretrain, report, run_folder
+from jax_cl_bd import (
+    checkpoint,
+    defend,
+    evaluate,
+    lookup,
+    multihost,
+    poison,
+    pretrain,
+    report,
+    run_folder,
+)
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
@@ -67,9 +76,6 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
     Raises:
         UserError: one line with the value seen and what is allowed.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"this run has {jax.process_count()} processes; so far one process, with "
-                        "any number of devices, is supported")
     if cfg.seed < 0:
         raise UserError(f"seed={cfg.seed} must not be negative")
     if set(chosen) <= {"report"}:
@@ -150,7 +156,8 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
         force: str | None = None) -> None:
     """Runs what is not complete, in order; what depends on it is then made anew.
 
-    `force`: one of the chosen stages, dropped first, once nothing speaks against the run.
+    `force`: one of the chosen stages, dropped first, once nothing speaks against the run. Of
+    several processes, in pretrain, each calls it, and process 0 writes (multihost.py).
 
     Raises:
         UserError: the folder was begun with other settings or other data, or a predecessor is not
@@ -163,26 +170,30 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
     for stage in {"evaluate", "defend"} & set(chosen):
         settings[stage] |= _of_elsewhere(cfg, victim)
     _check_settings(cfg, folder, chosen, redone, settings)
-    if not cfg.victim:
+    writes = multihost.is_writer()
+    if not cfg.victim and writes:
         _unmark_damaged(cfg, folder, {"pretrain"} & set(chosen)
                         | _to_do(cfg, folder, chosen, redone))
     _check_order(cfg, folder, victim, chosen, redone)
-    if force:
-        drop(cfg, folder, force)
-    run_folder.write_config(folder, cfg)
+    if writes:
+        if force:
+            drop(cfg, folder, force)
+        run_folder.write_config(folder, cfg)
     for stage in GROUPS:
         if stage not in chosen or (stage in ("poison", "pretrain") and cfg.victim):
             continue
         if stage == "evaluate" and not cfg.evals.probes:
             continue
-        if is_done(cfg, folder, stage):
-            print(f"{stage}: complete", flush=True)
+        if multihost.of_writer(is_done(cfg, folder, stage)):
+            if writes:
+                print(f"{stage}: complete", flush=True)
             continue
-        undo(folder, stage)
+        if writes:
+            undo(folder, stage)
         if stage == "evaluate":
             _forget_other_measurements(folder, settings["evaluate"])
         place = place_of(cfg, folder, stage)
-        if stage != "report":
+        if stage != "report" and writes:
             run_folder.begin(place, settings[stage])
         if stage in ("evaluate", "defend"):
             {"evaluate": evaluate, "defend": defend}[stage].run(cfg, folder, victim)
@@ -190,7 +201,19 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
             {"poison": poison, "pretrain": pretrain, "report": report}[stage].run(cfg, folder)
         if stage != "pretrain":  # which marks victim and control by itself
             run_folder.finish(place, settings[stage])
-    _print_results(folder)
+    if writes:
+        _print_results(folder)
+
+
+def check_alike(cfg: ml_collections.ConfigDict) -> None:
+    """Refuses a job whose processes have other settings, or see other data, than process 0.
+
+    Raises:
+        UserError: naming what differs, and where.
+    """
+    source = sources.load(cfg.data, "train")
+    multihost.check_alike({"settings": run_folder.settings_of(cfg, GROUPS["pretrain"]),
+                           "data": poison.fingerprint(source, sources.table(source))})
 
 
 def suspicious(cfg: ml_collections.ConfigDict, folder: epath.Path) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jax_cl_bd import checkpoint, metrics, parallel
+from jax_cl_bd import checkpoint, metrics, multihost, parallel
 
 
 @flax.struct.dataclass
@@ -84,30 +84,35 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
     Raises:
         NonFinite: the loss of a step is not finite, or the state that was to be saved; the step is
             named.
-        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+        Interrupted: after SIGTERM or SIGINT, once the state is saved; of several processes each
+            raises it, at the next logged step.
     """
     dispatch = cfg_train.steps_per_dispatch
     checkpoints = folder / "checkpoints"
-    start = checkpoint.newest_good_step(checkpoints, rename=True)
+    writes, alone = multihost.is_writer(), jax.process_count() == 1
+    found = checkpoint.newest_good_step(checkpoints, rename=True) if writes else None
+    start = multihost.of_writer(-1 if found is None else found)
     with checkpoint.open_manager(checkpoints) as manager, jax.set_mesh(mesh), _signals() as stop:
-        if start is not None:
+        if start >= 0:
             abstract = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
             state = checkpoint.restore(manager, start, abstract)
-            if start < steps:
+            if start < steps and writes:
                 print(f"{label}: going on from step {start}", flush=True)
-        start = start or 0
-        if evaluate is not None and _left_out(folder, start, steps, cfg_train.eval_every):
-            with contextlib.closing(metrics.Writer(folder, start)) as writer:
+        start = max(start, 0)
+        open_writer = metrics.Writer if writes else metrics.Silent
+        if evaluate is not None and multihost.of_writer(
+                writes and _left_out(folder, start, steps, cfg_train.eval_every)):
+            with contextlib.closing(open_writer(folder, start)) as writer:
                 writer.write(start, evaluate(state))
         if start >= steps:
             return state
         run = compile_step(step_fn, shardings, dispatch)
         single = run if dispatch == 1 else compile_step(step_fn, shardings)
         data = parallel.put_replicated(mesh, feed.data)
-        writer, saved, unread = metrics.Writer(folder, start), start, []
+        writer, saved, unread = open_writer(folder, start), start, []
         since = (start, time.monotonic())
-        progress = metrics.Progress(label, steps, start)
+        progress = (metrics.Progress if writes else metrics.Silent)(label, steps, start)
         with contextlib.closing(writer), contextlib.closing(progress), \
                 contextlib.closing(feed.batches(start)) as batches:
             for step, count, batch in _dispatches(batches, start, steps, dispatch):
@@ -117,11 +122,12 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 state, values = (single if count == 1 else run)(state, data, batch)
                 unread.append((step, values))
                 progress.update(count)
-                interrupted = bool(stop)
                 due = {what: step == steps or (every and step % every < count)
                        for what, every in (("log", cfg_train.log_every),
                                            ("save", cfg_train.save_every),
                                            ("eval", cfg_train.eval_every))}
+                # Several processes must save at one step, and ask each other only now and then.
+                interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:
                     last = _read(unread, label, folder, saved)
                     unread = []
@@ -140,10 +146,12 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                     saved = step
                 if due["log"]:  # rates leave out what was measured and saved
                     since = (step, time.monotonic())
-                if stop and (interrupted or step == steps):
-                    print(f"{label}: stopped by {stop[0].name} at step {step}, which is saved; "
-                          "the same command goes on from there", flush=True)
-                    raise Interrupted(128 + stop[0].value)
+                if interrupted or (alone and stop and step == steps):
+                    number = stop[0] if stop else signal.SIGTERM  # another process's
+                    if writes:
+                        print(f"{label}: stopped by {number.name} at step {step}, which is saved; "
+                              "the same command goes on from there", flush=True)
+                    raise Interrupted(128 + number.value)
     return state
 
 

@@ -79,11 +79,11 @@ class Encoder:
                 block = images[start:start + size]
                 padded = np.zeros((size, *images.shape[1:]), np.uint8)
                 padded[:len(block)] = block
-                rows = parallel.put_rows(self.mesh, padded)
+                rows = parallel.share_rows(self.mesh, padded)
                 out.append((_features(self.module, self.variables, rows, mean, std), len(block)))
                 for watcher in self.watchers:
                     watcher(len(block))
-        return np.concatenate([np.asarray(z)[:n] for z, n in out])
+        return np.concatenate([parallel.to_host(z)[:n] for z, n in out])
 
 
 def of_parts(cfg: ml_collections.ConfigDict, variables, mesh, tokenizer=None) -> Encoder:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_cl_bd import parallel
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, parts, text
 from jax_cl_bd.models.heads import LogitScale, Projection
@@ -67,13 +68,13 @@ class Pair:
             size = min(self.batch_size, 1 << (len(block) - 1).bit_length())  # few shapes to compile
             tokens = self.tokenizer.encode(block + [""] * (size - len(block)), self.context)
             z = _unit(self.modules, ("text", "text_projection"), self.variables, tokens)
-            out.append(np.asarray(z)[:len(block)])
+            out.append(parallel.to_host(z)[:len(block)])
         return np.concatenate(out)
 
     def project(self, features: np.ndarray) -> np.ndarray:
         """Takes image features [N, D] into the shared space: float32 [N, E], unit vectors."""
         names = tuple(name for name, _ in self.modules if name == "image_projection")
-        return np.asarray(_unit(self.modules, names, self.variables, np.asarray(features)))
+        return parallel.to_host(_unit(self.modules, names, self.variables, np.asarray(features)))
 
     def image_embedding(self, x: jax.Array) -> jax.Array:
         """Embeds normalised images [N, S, S, 3] in the shared space, [N, E], not of unit length; a

@@ -188,6 +188,12 @@ def make_views(cfg: ml_collections.ConfigDict):
     return lambda data, batch, key: augment.views(cfg, data, batch, key, recipes)
 
 
+def looks_at_all(cfg: ml_collections.ConfigDict) -> bool:
+    """Says whether the objective looks at all data now and then, see `make_refresh`."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    return hasattr(objective, "make_refresh")
+
+
 def make_refresh(cfg: ml_collections.ConfigDict, feed, mesh):
     """What train.fit asks before every step, of objectives that look at all data now and then; None
     of others. `cfg`: sized."""
