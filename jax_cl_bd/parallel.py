@@ -13,20 +13,23 @@ from jax_cl_bd.errors import UserError
 FSDP_MIN_SIZE = 2**18  # elements; 1 MB of float32
 
 
-def make_mesh(cfg_mesh) -> Mesh:
+def make_mesh(cfg_mesh, devices: list | None = None) -> Mesh:
     """Builds the ("data", "fsdp") mesh of the first data * fsdp devices; data = -1 takes them all.
+
+    `devices`: those to choose from; None: all of this run.
 
     Raises:
         UserError: there are not so many devices, or fsdp does not divide them all.
     """
-    count = jax.device_count()
+    devices = devices or jax.devices()
+    count = len(devices)
     data, fsdp = cfg_mesh.data, cfg_mesh.fsdp
     if fsdp < 1 or (data == -1 and count % fsdp) or data == 0 or data < -1 or data * fsdp > count:
         raise UserError(f"mesh.data={data} and mesh.fsdp={fsdp} do not fit the {count} devices of "
                         "this run; data=-1 takes all, and fsdp must then divide them")
     data = count // fsdp if data == -1 else data
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
-                         devices=jax.devices()[:data * fsdp])
+                         devices=devices[:data * fsdp])
 
 
 def one_device() -> Mesh:
