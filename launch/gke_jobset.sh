@@ -40,13 +40,13 @@ whole MAX_RESTARTS "$restarts"
 text() {  # text WORD: a YAML string; Kubernetes would replace $(NAME) in a command
   local word=${1//\\/\\\\}
   word=${word//\"/\\\"}
-  case $word in *[[:cntrl:]]*) refuse "$1 holds a control character" ;; esac
   printf '"%s"' "${word//\$(/\$\$(}"
 }
 variable() {  # variable NAME VALUE: one entry of env, if there is a value
   [ -z "$2" ] || printf '%14s- name: %s\n%16svalue: %s\n' "" "$1" "" "$(text "$2")"
 }
 words=(python -m jax_cl_bd "--config=$config" "--workdir=$workdir" "$@")
+case "${words[*]}$IMAGE" in *[[:cntrl:]]*) refuse "the command holds a control character" ;; esac
 
 manifest() {
   local word

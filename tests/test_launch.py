@@ -114,6 +114,7 @@ def test_an_unknown_part_is_refused():
     ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"NAME": "Pod_1"}),
     ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"TPU": "tpu-v6e-slice"}),
     ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"NODES": "four"}),
+    ("gke_jobset.sh", ("configs/a.py", "gs://b/a\nb"), JOBSET),
     ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "two"}),
     ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "0"}),
     ("sweep.sh", ("configs/a.py", "runs/a", "Wrong"), {}),

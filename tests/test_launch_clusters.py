@@ -1,6 +1,8 @@
 """launch/ for clusters: DRY_RUN, and the retries with made-up srun and gcloud."""
 
+import re
 import shlex
+import tomllib
 
 import yaml
 
@@ -137,3 +139,14 @@ def test_a_jobset_of_tpus_leaves_it_to_jax_to_find_the_others():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://b/jax_cl_bd_cache"} in container[
         "env"]
+
+
+def test_the_image_takes_what_is_there_and_an_extra_that_exists():
+    text = (ROOT / "launch" / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
+              for name in line.split()[:-1]]
+    kept = (ROOT / "launch" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert kept[0] == "*" and copied
+    assert all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"gpu", "tpu"} <= set(extras["optional-dependencies"]) and "ARG EXTRA=\n" in text
