@@ -1,15 +1,17 @@
-"""The launch scripts print, with DRY_RUN=1, commands whose configs exist."""
+"""Experiments of launch/ print, with DRY_RUN=1, commands whose configs exist; all scripts of it
+refuse bad input; sweeps. More in test_launch_local.py and test_launch_clusters.py."""
 
 import importlib.util
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.launching import JOBSET, ROOT, SLICE, dry, launch, program
+
 COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 444}
+LAUNCHERS = {"local.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh", "gke_jobset.sh"}
 
 
 TWIN = ("seed", "data", "augment", "model", "objective", "optim", "train")  # what a twin shares
@@ -43,7 +45,8 @@ def test_dry_run_prints_commands_that_parse(script):
 
 
 def test_every_script_is_tested():
-    assert {path.name for path in (ROOT / "launch").glob("*.sh")} == set(COUNTS)
+    assert {path.name for path in (ROOT / "launch").glob("*.sh")} == (
+        set(COUNTS) | LAUNCHERS | {"env.sh"})  # which the others source
 
 
 @pytest.mark.parametrize("script", sorted(COUNTS))
@@ -95,3 +98,60 @@ def test_an_unknown_part_is_refused():
     done = subprocess.run(["bash", "launch/clip_defenses.sh", "runs/x", "victim"], cwd=ROOT,
                           text=True, capture_output=True)
     assert done.returncode == 2 and "unknown part victim" in done.stderr
+
+
+@pytest.mark.parametrize("script, words, environment", [
+    *((script, ("configs/a.py",), SLICE | JOBSET | {"CLUSTER": "c"}) for script in
+      sorted(LAUNCHERS - {"tpu_vm.sh"})),
+    ("tpu_vm.sh", ("run", "configs/a.py"), SLICE),
+    ("tpu_vm.sh", (), SLICE),
+    ("tpu_vm.sh", ("start",), SLICE),
+    ("tpu_vm.sh", ("delete",), {"ZONE": "us-west4-a"}),
+    ("tpu_vm.sh", ("run", "configs/a.py", "runs/a"), SLICE),
+    ("xpk.sh", ("configs/a.py", "runs/a"), SLICE | {"CLUSTER": "c", "IMAGE": "i"}),
+    ("xpk.sh", ("configs/a.py", "gs://b/a"), SLICE),
+    ("gke_jobset.sh", ("configs/a.py", "runs/a"), JOBSET),
+    ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"NAME": "Pod_1"}),
+    ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"TPU": "tpu-v6e-slice"}),
+    ("gke_jobset.sh", ("configs/a.py", "gs://b/a"), JOBSET | {"NODES": "four"}),
+    ("gke_jobset.sh", ("configs/a.py", "gs://b/a\nb"), JOBSET),
+    ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "two"}),
+    ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "0"}),
+    ("sweep.sh", ("configs/a.py", "runs/a", "Wrong"), {}),
+    ("sweep.sh", ("configs/a.py", "runs/a", "optim.lr=a b", "optim.lr=a_b"), {})])
+def test_bad_input_is_one_line_and_status_2(script, words, environment):
+    done = launch(script, *words, DRY_RUN="1", **environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_sweep_crosses_choices_and_seeds(tmp_path):
+    words = ("configs/a.py:small", "runs/a b", "optim.lr=0.1", ":objective=moco", "optim.lr=0.3",
+             ":objective=byol", "--config.control=False")
+    head, *runs, report = dry("sweep.sh", *words, SEEDS="3 4")
+    assert head[0] == "8" and head[-1] == "--array=0-7" and len(runs) == 8
+    assert runs[1] == [
+        "python", "-m", "jax_cl_bd", "--config=configs/a.py:small,objective=moco",
+        "--workdir=runs/a b/optim.lr=0.1+objective=moco+seed=4", "--config.optim.lr=0.1",
+        "--config.seed=4", "--config.control=False"]
+    folders = [words[4].removeprefix("--workdir=") for words in runs]
+    assert len(set(folders)) == 8
+    assert report == ["python", "-m", "jax_cl_bd.report", *folders, "--out=runs/a b/report"]
+    said, element = dry("sweep.sh", *words, SEEDS="3 4", SLURM_ARRAY_TASK_ID="1")
+    assert element[0] == "srun" and element[-8:] == runs[1] and said[-1] == "--out=runs/a b/report"
+    done = launch("sweep.sh", *words, DRY_RUN="1", SEEDS="3", SLURM_ARRAY_TASK_ID="4")
+    assert done.returncode == 2 and "there are 4 runs" in done.stderr
+
+
+def test_a_sweep_names_what_failed_and_stops_at_bad_input(tmp_path):
+    python = program(tmp_path, "python", f'echo "$*" >>{tmp_path}/ran; case "$*" in\n'
+                     "*x=broken*) exit 1 ;; *x=bad*) exit 2 ;; esac")
+    done = launch("sweep.sh", "c.py", tmp_path / "s", "x=broken", "x=fine", SEEDS="0",
+                  PYTHON=str(python))
+    assert done.returncode == 1 and "1 runs failed" in done.stderr
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert ran[-1] == f"-m jax_cl_bd.report {tmp_path}/s/x=fine+seed=0 --out={tmp_path}/s/report"
+    done = launch("sweep.sh", "c.py", tmp_path / "s", "x=bad", "x=fine", SEEDS="0",
+                  PYTHON=str(python))
+    assert done.returncode == 2
+    assert len((tmp_path / "ran").read_text().splitlines()) == len(ran) + 1

@@ -1,0 +1,152 @@
+"""launch/ for clusters: DRY_RUN, and the retries with made-up srun and gcloud."""
+
+import re
+import shlex
+import tomllib
+
+import yaml
+
+from tests.launching import FLAG, JOBSET, PROGRAM, ROOT, SLICE, dry, launch, program
+
+
+def test_slurm_puts_a_job_back_into_the_queue_a_bounded_number_of_times(tmp_path):
+    (words,) = dry("slurm.sh", "configs/a.py", "runs/a b", FLAG, SLURM_CPUS_PER_TASK="6")
+    assert words[0] == "srun" and words[3:] == ["--cpus-per-task=6", "python", *PROGRAM]
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    assert "#SBATCH --requeue\n#SBATCH --signal=TERM@300\n" in text
+    program(tmp_path, "scontrol", f'echo "$*" >>{tmp_path}/asked')
+    program(tmp_path, "sleep", "")
+    for status, count, again in ((0, "0", 0), (1, "0", 1), (2, "0", 0), (143, "1", 1),
+                                 (137, "2", 0)):
+        program(tmp_path, "srun", f"exit {status}")
+        done = launch("slurm.sh", "configs/a.py", "runs/a", path=tmp_path, MAX_RESTARTS="2",
+                      SLURM_JOB_ID="12", SLURM_RESTART_COUNT=count)
+        asked = tmp_path / "asked"
+        assert done.returncode == status and asked.exists() == bool(again)
+        assert not again or asked.read_text() == "requeue 12\n"
+        asked.unlink(missing_ok=True)
+    program(tmp_path, "srun", "kill -TERM $PPID; exit 1")  # as scancel does
+    done = launch("slurm.sh", "configs/a.py", "runs/a", path=tmp_path, SLURM_JOB_ID="12")
+    assert done.returncode == 1 and not (tmp_path / "asked").exists()
+
+
+# Stands for gcloud: one worker, whose home is here; `states` are what describe says, in turn.
+GCLOUD = """
+cd {folder}
+echo "$*" >>calls
+case "$*" in
+  *describe*) [ -e states ] || exit 1; found=$(head -n 1 states); sed -i 1d states
+    [ "$found" != NONE ] || exit 1; echo "$found" ;;
+  *" ssh "*) for word in "$@"; do
+      case $word in
+        --command=*uv*) ;;
+        --command=*) bash -c "${{word#--command=}}" || exit $? ;;
+      esac
+    done ;;
+esac
+"""
+
+
+def test_tpu_vm_makes_a_slice_anew_that_was_taken_away(tmp_path):
+    program(tmp_path, "gcloud", GCLOUD.format(folder=tmp_path))
+    program(tmp_path, "sleep", "")
+    python = tmp_path / "jax_cl_bd" / ".venv" / "bin"
+    python.mkdir(parents=True)
+    up, asked = "ACTIVE\nREADY\n", ("run", "configs/a.py", "gs://b/a b", FLAG)
+
+    def calls(states, statuses):
+        (tmp_path / "states").write_text(states)
+        (tmp_path / "statuses").write_text(statuses)
+        (tmp_path / "calls").write_text("")
+        program(python, "python", f'printf "%s\\n" "$@" >{tmp_path}/words\n'
+                f"status=$(head -n 1 {tmp_path}/statuses); sed -i 1d {tmp_path}/statuses\n"
+                "exit $status")
+        done = launch("tpu_vm.sh", *asked, path=tmp_path, TMPDIR=str(tmp_path), RETRIES="1",
+                      SPOT="1", **SLICE)
+        lines = (tmp_path / "calls").read_text().splitlines()
+        kinds = [("create", " create "), ("delete", " delete "), ("install", "uv"),
+                 ("run", "run.attempt"), ("stop", "kill")]
+        return done.returncode, [kind for line in lines for kind, mark in kinds if mark in line]
+
+    assert calls(up, "0") == (0, ["install", "run"])
+    assert (tmp_path / "words").read_text().splitlines() == [
+        *PROGRAM[:3], "--workdir=gs://b/a b", FLAG]
+    assert calls("NONE\nNONE\n" + up, "0") == (0, ["create", "install", "run"])
+    assert calls(up, "2") == (2, ["install", "run"])
+    # Pre-empted, so made anew; then it broke on a slice that is there, twice: one retry.
+    taken = "ACTIVE\nPREEMPTED\n"
+    assert calls(up + 3 * taken + 5 * up, "1\n1\n3\n") == (
+        3, ["install", "run", "delete", "create", "stop", "install", "run", "stop", "run"])
+
+
+def test_tpu_vm_prints_its_commands():
+    create, described, packed, copied, installed = dry("tpu_vm.sh", "create", SPOT="1",
+                                                       PROJECT="p", **SLICE)
+    assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
+    assert {"--spot", "--node-id=pod", "--project=p", "--zone=us-west4-a",
+            "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha"} <= set(create)
+    assert "--worker=all" in copied and "--worker=all" in installed
+    assert "-c constraints.txt -e '.[tpu]'" in installed[-1]
+    packed = packed[packed.index("-C") + 2:]
+    assert packed and all((ROOT / name).exists() for name in packed)
+    listed, stop, *_, ran = dry("tpu_vm.sh", "restart", "configs/a.py", "gs://b/a", **SLICE)
+    assert listed[-1] == "gs://b" and "kill -TERM" in stop[-1] and "--worker=all" in ran
+    (deleted,) = dry("tpu_vm.sh", "delete", NAME="pod", ZONE="z")
+    assert deleted[4:6] == ["delete", "pod"] and "--quiet" not in deleted
+
+
+def test_xpk_restarts_all_but_bad_input():
+    (words,) = dry("xpk.sh", "configs/a.py", "gs://b/a b", FLAG, CLUSTER="c", IMAGE="i", **SLICE)
+    flags = dict(word.split("=", 1) for word in words[3:])
+    assert words[:3] == ["xpk", "workload", "create"] and flags["--restart-on-exit-codes"] == "1"
+    assert shlex.split(flags["--command"]) == ["python", *PROGRAM[:3], "--workdir=gs://b/a b", FLAG]
+
+
+def jobset(**environment):
+    """The manifest, parsed, with its job and container."""
+    done = launch("gke_jobset.sh", "configs/a.py", "gs://b/a b", FLAG, '--config.x=$(A)"\\',
+                  DRY_RUN="1", **JOBSET, **environment)
+    assert done.returncode == 0, done.stderr
+    whole = yaml.safe_load(done.stdout)
+    (job,) = whole["spec"]["replicatedJobs"]
+    return whole, job, job["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_a_jobset_restarts_all_of_it_and_fails_at_once_on_bad_input():
+    whole, job, container = jobset(GPU="nvidia-h100-80gb", MAX_RESTARTS="3")
+    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    failure, spec = whole["spec"]["failurePolicy"], job["template"]["spec"]
+    assert failure["maxRestarts"] == 3 and failure["restartStrategy"] == "BlockingRecreate"
+    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in failure["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])]
+    assert spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"] == 4
+    assert spec["podFailurePolicy"]["rules"] == [{"action": "FailJob", "onExitCodes": {
+        "containerName": container["name"], "operator": "In", "values": [2]}}]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert container["command"] == [
+        "python", *PROGRAM[:3], "--workdir=gs://b/a b", FLAG, '--config.x=$$(A)"\\',
+        "--coordinator=pod-main-0-0.pod:55527", "--processes=4", "--process_id=$(PROCESS_ID)"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_a_jobset_of_tpus_leaves_it_to_jax_to_find_the_others():
+    whole, job, container = jobset(TPU="tpu-v5-lite-podslice", TOPOLOGY="4x4", SLICES="2")
+    assert job["replicas"] == 2 and not any("coordinator" in w for w in container["command"])
+    assert job["template"]["spec"]["template"]["spec"]["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4"}
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://b/jax_cl_bd_cache"} in container[
+        "env"]
+
+
+def test_the_image_takes_what_is_there_and_an_extra_that_exists():
+    text = (ROOT / "launch" / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
+              for name in line.split()[:-1]]
+    kept = (ROOT / "launch" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert kept[0] == "*" and copied
+    assert all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"gpu", "tpu"} <= set(extras["optional-dependencies"]) and "ARG EXTRA=\n" in text
