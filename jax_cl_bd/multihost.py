@@ -8,6 +8,7 @@ checkpoint). Where something breaks the whole job ends, and the same command goe
 checkpoint, on any number of processes.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -40,7 +41,7 @@ class Job:
 
 def find(coordinator: str | None, processes: int | None, process_id: int | None,
          environ: Mapping[str, str] = os.environ) -> Job | None:
-    """The job that this process belongs to, by flags or by what a cluster says; None if it is alone.
+    """The job of this process, by flags or by what a cluster says; None if it is alone.
 
     Clusters: a SLURM step of several tasks, Open MPI, TPU workers of GKE.
 
@@ -82,7 +83,8 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None) -
     turns += [rest] if (rest := [s for s in stages if s not in ("poison", "pretrain")]) else []
     for number, turn in enumerate(turns):
         later = [s for t in turns[number + 1:] for s in t]
-        own = [*argv, f"--stages={','.join(turn)}", *([f"--force={force}"] if force in turn else [])]
+        own = [*argv, f"--stages={','.join(turn)}"]
+        own += [f"--force={force}"] if force in turn else []
         if turn == ["pretrain"]:
             own += ["--joined", f"--processes={job.processes}", f"--process_id={job.process_id}"]
             own += [f"--coordinator={job.coordinator}"] if job.coordinator else []
@@ -97,8 +99,12 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None) -
 
 
 def _child(argv: list[str]) -> int:
-    """Runs the command line in a process of its own, passing on SIGTERM and SIGINT."""
-    child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv])
+    """Runs the command line in a process of its own, passing on SIGTERM and SIGINT.
+
+    It has a process group of its own, so that Ctrl-C reaches it once, and ends with this one.
+    """
+    child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv], process_group=0,
+                             preexec_fn=_end_with_parent if sys.platform == "linux" else None)
     before = {s: signal.signal(s, lambda number, frame: child.send_signal(number))
               for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -107,6 +113,10 @@ def _child(argv: list[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def join(job: Job) -> None:

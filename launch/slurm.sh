@@ -30,8 +30,9 @@ most=${MAX_RESTARTS:-20} count=${SLURM_RESTART_COUNT:-0}
 whole MAX_RESTARTS "$most"
 
 # srun ends with the highest status of all tasks, so a task with status 2 must not have the others
-# killed at once (128 + 9 is more): they end by themselves, or after a minute by --wait.
-command=(srun --kill-on-bad-exit=0 --wait=60)
+# killed at once (128 + 9 is more): they notice and end by themselves. --wait=0: task 0 evaluates
+# and defends once the others, done with pretraining, have ended.
+command=(srun --kill-on-bad-exit=0 --wait=0)
 # Since SLURM 22.05 srun no longer takes this from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
 command+=("$PYTHON" -m jax_cl_bd "--config=$config" "--workdir=$workdir" "$@")

@@ -7,6 +7,7 @@ This module imports no jax: worker processes load it.
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,7 +181,8 @@ def _stream(ordered, workers):
     dataset = grain.MapDataset.source(ordered).batch(ordered.local_batch_size).to_iter_dataset(
         grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
     if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers),
+                                      worker_init_fn=_leave_signals_to_the_trainer)
     batches = iter(dataset)
     try:
         yield from batches
@@ -188,6 +190,12 @@ def _stream(ordered, workers):
         # Without this grain prints tracebacks of its workers and threads at exit.
         if hasattr(batches, "close"):
             batches.close()
+
+
+def _leave_signals_to_the_trainer(index, count):
+    """Ctrl-C reaches all processes of a terminal; it must not end the feed before the last save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _load_all(dataset, side):
