@@ -86,8 +86,8 @@ def test_a_stage_that_breaks_ends_the_process(children):
 
 
 def test_each_process_keeps_the_flags_that_are_shared():
-    words = ["--config=a", "--stages", "poison", "--force=poison", "--workdir", "b", "--processes=2",
-             "--config.seed=1", "--coordinator", "h:1", "-process_id=0"]
+    words = ["--config=a", "--stages", "poison", "--force=poison", "--workdir", "b",
+             "--processes=2", "--config.seed=1", "--coordinator", "h:1", "-process_id=0"]
     assert command._shared(words) == ["--config=a", "--workdir", "b", "--config.seed=1"]
 
 
