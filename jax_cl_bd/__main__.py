@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Callable
 
 from absl import flags, logging
 from etils import epath
@@ -10,8 +11,8 @@ from ml_collections import config_flags
 
 from jax_cl_bd import host_memory, multihost, run_folder
 from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.run_folder import STAGES
 
-STAGES = ("poison", "pretrain", "evaluate", "defend", "report")
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True,
                                          help_string="An experiment file, FILE.py[:arg,key=value].")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, local or gs://.")
@@ -112,10 +113,11 @@ def _terminate(number, frame):
     raise _Terminated
 
 
-if __name__ == "__main__":
+def run_main(run: Callable[[list[str]], int | None], argv: list[str]) -> None:
+    """Ends the process with the exit status of a program, one line for what went wrong."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(main(sys.argv))
+        sys.exit(run(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -129,3 +131,7 @@ if __name__ == "__main__":
         print(f"stopped{' by SIGTERM' if terminated else ''}; the same command goes on where it "
               "stopped", file=sys.stderr)
         sys.exit(143 if terminated else 130)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv)

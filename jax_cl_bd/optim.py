@@ -33,11 +33,16 @@ def make(cfg, total_steps: int, steps_per_epoch: int
             constant_lr_modules that the model does not have.
     """
     _check(cfg, total_steps, steps_per_epoch)
-    schedule = make_schedule(cfg, total_steps, steps_per_epoch)
-    tx = _partitioned(cfg, schedule)
+    return (build(cfg, total_steps, steps_per_epoch),
+            make_schedule(cfg, total_steps, steps_per_epoch))
+
+
+def build(cfg, total_steps: int, steps_per_epoch) -> optax.GradientTransformation:
+    """The transformation of `make`, unchecked; steps_per_epoch may be a traced integer."""
+    tx = _partitioned(cfg, make_schedule(cfg, total_steps, steps_per_epoch))
     if cfg.get("clip_norm"):
         tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
-    return tx, schedule
+    return tx
 
 
 def _partitioned(cfg, schedule):

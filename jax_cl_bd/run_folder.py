@@ -13,6 +13,7 @@ from etils import epath
 
 from jax_cl_bd.errors import UserError
 
+STAGES = ("poison", "pretrain", "evaluate", "defend", "report")
 # Which config groups each stage depends on, its predecessors' included (design 1).
 POISON_GROUPS = ("seed", "data", "attack", "augment", "text")
 PRETRAIN_GROUPS = POISON_GROUPS + ("model", "objective", "optim", "train", "init_from")
