@@ -10,13 +10,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
 TESTS := JAX_PLATFORMS=cpu $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-test test test-all test-parity lint bench clean
+.PHONY: help quickstart install install-test test test-all test-parity drill lint bench clean
 
 help:
 	@echo "make quickstart   install into $(VENV), run configs/quickstart.py into runs/quickstart"
 	@echo "make test         the tests (CPU only)"
 	@echo "make test-all     the slow tests too; GPU and TPU ones where there is such a device"
 	@echo "make test-parity  the tests against PyTorch and transformers (installs them)"
+	@echo "make drill        kill -9 at random moments, KILLS=100 of them; resumed to the same bits"
 	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
 	@echo "make lint         ruff"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
@@ -35,6 +36,9 @@ test-all: install-test
 
 test-parity: install-test $(VENV)/.installed-parity
 	$(TESTS) -q -rs $$(grep -rlE "importorskip\(.(torch|transformers)" tests --include=*.py)
+
+drill: install-test
+	$(RUN) -m tests.drill --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
 
 lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .
