@@ -211,7 +211,8 @@ def config(**groups):
     defaults = dict(seed=0, control=True, control_from="", victim="", downstream="", init_from="",
                     mesh=dict(data=-1, fsdp=1), text=dict(name="none"), evals=evals(),
                     defense=dict(name="none"))
-    groups["train"] = dict(chunks=1) | groups["train"]  # see objectives/gradient_cache.py
+    # Gradient caching (objectives/gradient_cache.py); the steps of a profile (observe.py).
+    groups["train"] = dict(chunks=1, profile_from=0, profile_steps=0) | groups["train"]
     return ml_collections.ConfigDict(defaults | groups)
 
 

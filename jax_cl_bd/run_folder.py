@@ -28,7 +28,8 @@ BEFORE = {"text.name": "none", "defense.mask_own": True, "defense.oracle.segment
           "defense.cross_modal": True, "train.chunks": 1}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",
-                "train.eval_every", "train.steps_per_dispatch", "evals.batch_size")
+                "train.eval_every", "train.steps_per_dispatch", "train.profile_from",
+                "train.profile_steps", "evals.batch_size")
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -236,5 +237,5 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
     found.setdefault("control_from", "")
     found.setdefault("init_from", "")
-    found.get("train", {}).setdefault("chunks", 1)
+    found["train"] = {"chunks": 1, "profile_from": 0, "profile_steps": 0} | found.get("train", {})
     return ml_collections.ConfigDict(found).lock()

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jax_cl_bd import checkpoint, metrics, multihost, parallel
+from jax_cl_bd import checkpoint, metrics, multihost, observe, parallel
 
 
 @flax.struct.dataclass
@@ -71,7 +70,8 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         step_fn: (state, data, batch) -> (state, metrics); a pure function, jitted here.
         feed: has `data` (a pytree passed to each step) and `batches(start_step)`.
         folder: gets `checkpoints/` and `metrics.jsonl`.
-        cfg_train: batch_size, log_every, save_every, eval_every (0 = never), steps_per_dispatch.
+        cfg_train: batch_size, log_every, save_every, eval_every (0 = never), steps_per_dispatch;
+            perhaps profile_from and profile_steps, the window of a profile.
         label: stands before the progress.
         evaluate: figures written to metrics.jsonl every eval_every steps and at the end.
         refresh: (state, data, steps done) -> state, asked outside jit before every dispatch; it
@@ -111,15 +111,21 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         single = run if dispatch == 1 else compile_step(step_fn, shardings)
         data = parallel.put_replicated(mesh, feed.data)
         writer, saved, unread = open_writer(folder, start), start, []
-        since = (start, time.monotonic())
+        profile = observe.Profile(folder, cfg_train.get("profile_from", 0),
+                                  cfg_train.get("profile_steps", 0) if writes else 0)
+        watch = observe.Watch(label, cfg_train.batch_size, start)
         progress = (metrics.Progress if writes else metrics.Silent)(label, steps, start)
         with contextlib.closing(writer), contextlib.closing(progress), \
-                contextlib.closing(feed.batches(start)) as batches:
-            for step, count, batch in _dispatches(batches, start, steps, dispatch):
+                contextlib.closing(profile), contextlib.closing(feed.batches(start)) as batches:
+            for step, count, batch in _dispatches(watch.timed(batches), start, steps, dispatch):
+                profile.before(step - count)
                 if refresh is not None:
                     state = refresh(state, data, step - count)
                 batch = parallel.put_rows(mesh, batch, axis=0 if count == 1 else 1)
+                watch.count(step_fn, state, data,
+                            batch if count == 1 else jax.tree.map(lambda x: x[0], batch))
                 state, values = (single if count == 1 else run)(state, data, batch)
+                profile.after(step, values)
                 unread.append((step, values))
                 progress.update(count)
                 due = {what: step == steps or (every and step % every < count)
@@ -133,8 +139,7 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                     unread = []
                     progress.update(0, f"loss {last['train/loss']:.4f}")
                 if due["log"]:
-                    rate = (step - since[0]) / (time.monotonic() - since[1])
-                    writer.write(step, last | {"images_per_second": rate * cfg_train.batch_size})
+                    writer.write(step, last | watch.read(step))
                 if (evaluate is not None and due["eval"] and cfg_train.eval_every
                         and not interrupted):  # who sent a signal may not wait that long
                     writer.write(step, evaluate(state))
@@ -144,14 +149,16 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                                                    "finite", folder, saved))
                     checkpoint.save(manager, step, state)
                     saved = step
-                if due["log"]:  # rates leave out what was measured and saved
-                    since = (step, time.monotonic())
+                if due["log"]:
+                    watch.reset(step)
                 if interrupted or (alone and stop and step == steps):
                     number = stop[0] if stop else signal.SIGTERM  # another process's
                     if writes:
                         print(f"{label}: stopped by {number.name} at step {step}, which is saved; "
                               "the same command goes on from there", flush=True)
                     raise Interrupted(128 + number.value)
+        if writes:
+            print(watch, flush=True)
     return state
 
 

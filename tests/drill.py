@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ("--config=configs/quickstart.py:debug", "--config.train.steps=8",
          "--config.train.save_every=2", "--config.train.eval_every=4", "--config.defense.steps=6")
 KILLS_PER_FOLDER = 5
-TIMES = ("seconds", "images_per_second", "run")  # what may differ between two runs
+TIMES = ("seconds", "images_per_second", "feed_wait", "run")  # what may differ between two runs
 
 
 def start(folder: Path, cache: Path, log) -> subprocess.Popen:

@@ -108,7 +108,8 @@ def finish(folder):
 
 def lines_of(folder):
     lines = [json.loads(t) for t in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "feed_wait")}
+            for line in lines]
 
 
 def weights_of(folder):
