@@ -26,10 +26,13 @@ from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, compile_step
 
+FLAGS = flags.FlagValues()  # of its own, since other programs have a --config too
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", lock_config=True,
-                                         help_string="The experiment whose step is timed.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-SECONDS = flags.DEFINE_float("seconds", 20.0, "How long each side of a ratio is timed.")
+                                         help_string="The experiment whose step is timed.",
+                                         flag_values=FLAGS)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=FLAGS)
+SECONDS = flags.DEFINE_float("seconds", 20.0, "How long each side of a ratio is timed.",
+                             flag_values=FLAGS)
 
 
 def _compiles() -> list[float]:
@@ -231,7 +234,8 @@ BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "layout": l
 def main(argv: list[str]) -> None:
     """Runs the benchmark that is named first."""
     try:
-        names = flags.FLAGS(argv)[1:]
+        names = FLAGS(argv)[1:]
+        flags.FLAGS.mark_as_parsed()  # grain looks at those
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(names) != 1 or names[0] not in BENCHES:

@@ -16,11 +16,14 @@ from ml_collections import config_flags
 
 from jax_cl_bd.errors import UserError, unknown
 
-CONFIG = config_flags.DEFINE_config_file("config", None, lock_config=True,
+FLAGS = flags.FlagValues()  # of its own, since other programs have a --config too
+CONFIG = config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=FLAGS,
                                          help_string="The experiment whose step is compiled.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16.")
-ROWS = flags.DEFINE_integer("rows", 1_281_167, "Rows of the training set (ImageNet's).")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16.",
+                               flag_values=FLAGS)
+ROWS = flags.DEFINE_integer("rows", 1_281_167, "Rows of the training set (ImageNet's).",
+                            flag_values=FLAGS)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=FLAGS)
 
 # Per chip: peak FLOP/s in bf16, HBM bytes, HBM bytes/s, and ICI bytes/s in one direction, which is
 # half of what the documentation gives for both. docs.cloud.google.com/tpu/docs: v5e, v5p, v6e.
@@ -196,7 +199,7 @@ def text(found: dict) -> str:
 def main(argv: list[str]) -> None:
     """Reads the flags, compiles, prints."""
     try:
-        flags.FLAGS(argv)
+        FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     for name, value in (("config", CONFIG.value), ("topology", TOPOLOGY.value)):
