@@ -27,9 +27,10 @@ from jax_cl_bd.objectives import training
 from jax_cl_bd.train import born_sharded, compile_step
 
 FLAGS = flags.FlagValues()  # of its own, since other programs have a --config too
-CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", lock_config=True,
-                                         help_string="The experiment whose step is timed.",
-                                         flag_values=FLAGS)
+# Without a default here: that would be read, overrides and all, before errors can be caught.
+CONFIG = config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=FLAGS,
+                                         help_string="The experiment whose step is timed; "
+                                         "default configs/quickstart.py.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=FLAGS)
 SECONDS = flags.DEFINE_float("seconds", 20.0, "How long each side of a ratio is timed.",
                              flag_values=FLAGS)
@@ -233,6 +234,8 @@ BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "layout": l
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that is named first."""
+    if not any(word.startswith("--config=") for word in argv):
+        argv = [argv[0], "--config=configs/quickstart.py", *argv[1:]]
     try:
         names = FLAGS(argv)[1:]
         flags.FLAGS.mark_as_parsed()  # grain looks at those

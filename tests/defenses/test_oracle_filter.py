@@ -79,6 +79,7 @@ def test_an_unsure_oracle_drops_all_or_names_its_top_class(made):
         assert mentions.naming(pairs.texts, pool.classes[5]).all()
 
 
+@pytest.mark.slow
 def test_repairs_and_decides_without_the_truth(cfg, made, tmp_path):
     mine = ConfigDict(cfg.to_dict())
     mine.defense.update(action="relabel", pairs=120)

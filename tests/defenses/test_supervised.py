@@ -53,6 +53,7 @@ def by_hand(suspect, variables, features):
     return (z @ params["classes"]["dense"]["kernel"] + params["classes"]["dense"]["bias"]).argmax(1)
 
 
+@pytest.mark.slow
 def test_the_vision_weights_move_and_the_truth_changes_nothing(cfg, tuned, tmp_path):
     folder, suspect, known = tuned
     _, blind = repaired(cfg, tmp_path / "blind")
