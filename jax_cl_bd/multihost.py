@@ -22,7 +22,7 @@ from typing import Any
 from jax_cl_bd.errors import UserError
 
 WAIT_SECONDS = 3600  # for the other processes: process 0 poisons before it joins them
-HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process is given up
+HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process is given up
 ALONE = ("--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1")
 # Of clusters whose addresses jax finds itself: how many processes there are, and which this is.
 CLUSTERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -120,10 +120,10 @@ def _end_with_parent() -> None:
 
 
 def join(job: Job) -> None:
-    """Joins the processes of a job, and lets process 0 alone speak on the standard output.
+    """Joins the processes of a job.
 
     Raises:
-        UserError: they do not find one another.
+        RuntimeError: they do not find one another.
     """
     import jax
 
@@ -135,9 +135,9 @@ def join(job: Job) -> None:
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    shutdown_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"process {job.process_id} of {job.processes} did not find the others"
-                        f"{f' at {job.coordinator}' if job.coordinator else ''}: "
-                        f"{str(error).splitlines()[0]}") from None
+        raise RuntimeError(f"process {job.process_id} of {job.processes} did not find the others"
+                           f"{f' at {job.coordinator}' if job.coordinator else ''}: "
+                           f"{str(error).splitlines()[0]}") from None
 
 
 def is_writer() -> bool:
