@@ -23,8 +23,7 @@ PROCESSES = flags.DEFINE_integer("processes", None, "How many processes such a j
                                  "whatever a cluster says).")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 JOINED = flags.DEFINE_bool("joined", False, "Set by a job's process where it joins the others.")
-ALSO_CHECK = flags.DEFINE_list("also_check", [], "Stages that run later, in another process; set "
-                               "by a job's process 0.")
+CHECK_ONLY = flags.DEFINE_bool("check_only", False, "Check the settings of the stages, and end.")
 FORCE = flags.DEFINE_enum("force", None, STAGES, "Redo this stage, and drop what depends on it.")
 
 
@@ -53,7 +52,7 @@ def parse_flags(argv: list[str]) -> None:
     for stage in ONLY.value:
         if stage not in STAGES:
             raise unknown("stage", stage, STAGES)
-    if FORCE.value and FORCE.value not in ONLY.value:
+    if FORCE.value and FORCE.value not in ONLY.value and not (JOINED.value or PROCESSES.value):
         raise UserError(f"--force={FORCE.value} needs {FORCE.value} among --stages")
 
 
@@ -87,7 +86,9 @@ def main(argv: list[str]) -> int:
     parse_flags(argv)
     job = multihost.find(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
     if job and not JOINED.value:
-        return multihost.supervise(job, _shared(argv[1:]), ONLY.value, FORCE.value)
+        chosen = [s for s in STAGES if s in ONLY.value]
+        return multihost.supervise(job, _shared(argv[1:]), chosen, FORCE.value,
+                                   epath.Path(WORKDIR.value))
     host_memory.keep_pages()
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
     if job:
@@ -97,7 +98,9 @@ def main(argv: list[str]) -> int:
     folder = epath.Path(WORKDIR.value)
     cfg = stages.with_victim(CONFIG.value)
     chosen = [s for s in STAGES if s in ONLY.value]
-    stages.check(cfg, chosen + ALSO_CHECK.value)
+    stages.check(cfg, chosen)
+    if CHECK_ONLY.value:
+        return 0
     if job:
         stages.check_alike(cfg)
     with run_folder.locked(folder) if multihost.is_writer() else contextlib.nullcontext():

@@ -35,6 +35,7 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
     if multihost.is_writer():
         folder = manager.directory / str(step)
         run_folder.write_json(folder / DIGESTS, _digests(folder))
+    multihost.wait("digests")
 
 
 def _digests(folder: epath.Path) -> dict[str, str]:

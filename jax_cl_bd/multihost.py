@@ -11,23 +11,28 @@ checkpoint, on any number of processes.
 import ctypes
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from jax_cl_bd import run_folder
 from jax_cl_bd.errors import UserError
 
-WAIT_SECONDS = 3600  # for the other processes: process 0 poisons before it joins them
+POISON_SECONDS = 3600  # that the others wait for process 0 to poison
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process is given up
 ALONE = ("--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1")
 # Of clusters whose addresses jax finds itself: how many processes there are, and which this is.
 CLUSTERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-            ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"))
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,8 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
          environ: Mapping[str, str] = os.environ) -> Job | None:
     """The job of this process, by flags or by what a cluster says; None if it is alone.
 
-    Clusters: a SLURM step of several tasks, Open MPI, TPU workers of GKE.
+    Clusters: a SLURM step of several tasks, Open MPI, TPU workers of GKE, in one slice or several,
+    and a slice of TPU VMs.
 
     Raises:
         UserError: some of the flags without the others, or numbers that do not fit.
@@ -64,46 +70,96 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
                             f"--processes={processes}")
         return Job(processes, process_id, coordinator) if processes > 1 else None
     for size, rank in CLUSTERS:
-        if size in environ and rank in environ:
-            names = environ[size].split(",")
-            count = int(names[0]) if names[0].isdigit() else len(names)
-            if count > 1:
-                return Job(count, int(environ[rank]), None)
-    return None
+        if size in environ and rank in environ and int(environ[size]) > 1:
+            return Job(int(environ[size]), int(environ[rank]), None)
+    if "TPU_WORKER_HOSTNAMES" in environ and "TPU_WORKER_ID" in environ:
+        workers = len(environ["TPU_WORKER_HOSTNAMES"].split(","))
+        count = workers * int(environ.get("MEGASCALE_NUM_SLICES", 1))
+        rank = workers * int(environ.get("MEGASCALE_SLICE_ID", 0)) + int(environ["TPU_WORKER_ID"])
+        return Job(count, rank, None) if count > 1 else None
+    return _of_tpu_vm() if on_tpu() and environ is os.environ else None
 
 
-def supervise(job: Job, argv: list[str], stages: list[str], force: str | None) -> int:
+def on_tpu() -> bool:
+    """Says whether this machine has TPUs that this installation can use."""
+    chips = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+    return chips and importlib.util.find_spec("libtpu") is not None
+
+
+def _of_tpu_vm() -> Job | None:
+    """What the metadata server of Google's cloud says of a slice of TPU VMs."""
+    try:
+        workers = len(_metadata("worker-network-endpoints").split(","))
+        return Job(workers, int(_metadata("agent-worker-number")), None) if workers > 1 else None
+    except (OSError, ValueError):
+        return None
+
+
+def _metadata(name):
+    address = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.read().decode()
+
+
+def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
+              folder: epath.Path) -> int:
     """Runs the stages of a job, each in a process of its own; gives the exit status.
+
+    All settings are checked first, in every process. On TPUs process 0 runs the stages of its own
+    on the CPU of its host, since a slice is opened by all of its hosts or by none.
 
     Args:
         argv: the command line's flags without --stages, --force and those of `find`.
+        folder: the run's.
     """
-    first = job.process_id == 0
+    everything = [*argv, f"--stages={','.join(stages)}", *ALONE]
+    everything += [f"--force={force}"] if force else []
+    if status := _child([*everything, "--check_only"], alone=True):
+        return status
     turns = [[s] for s in ("poison", "pretrain") if s in stages]
     turns += [rest] if (rest := [s for s in stages if s not in ("poison", "pretrain")]) else []
     for number, turn in enumerate(turns):
-        later = [s for t in turns[number + 1:] for s in t]
         own = [*argv, f"--stages={','.join(turn)}"]
-        own += [f"--force={force}"] if force in turn else []
+        # Until it is redone, what is to be redone may have been made with other settings.
+        own += [f"--force={force}"] if any(force in t for t in turns[number:]) else []
         if turn == ["pretrain"]:
-            own += ["--joined", f"--processes={job.processes}", f"--process_id={job.process_id}"]
-            own += [f"--coordinator={job.coordinator}"] if job.coordinator else []
-        elif first:
-            own += [*ALONE, f"--also_check={','.join(later)}"]
+            if job.process_id and "poison" in stages:
+                _wait_for_poisons(folder)
+            status = _child([*own, "--joined", *_who(job)], alone=False)
         else:
-            continue
-        status = _child(own)
+            status = 0 if job.process_id else _child([*own, *ALONE], alone=True)
         if status:
             return status
     return 0
 
 
-def _child(argv: list[str]) -> int:
+def _who(job):
+    """What tells a process of a job which it is, unless a cluster does."""
+    return [] if job.coordinator is None else [
+        f"--coordinator={job.coordinator}", f"--processes={job.processes}",
+        f"--process_id={job.process_id}"]
+
+
+def _wait_for_poisons(folder):
+    """Waits until process 0 has poisoned. Raises RuntimeError if that takes too long."""
+    begun = time.monotonic()
+    while not run_folder.is_done(folder / "poison"):
+        if time.monotonic() - begun > POISON_SECONDS:
+            raise RuntimeError(f"process 0 has not poisoned within {POISON_SECONDS / 60:.0f} "
+                               f"minutes ({folder / 'poison' / 'done.json'} is not there)")
+        time.sleep(1)
+
+
+def _child(argv: list[str], *, alone: bool) -> int:
     """Runs the command line in a process of its own, passing on SIGTERM and SIGINT.
 
     It has a process group of its own, so that Ctrl-C reaches it once, and ends with this one.
     """
-    child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv], process_group=0,
+    env = dict(os.environ)
+    if alone and on_tpu():
+        env["JAX_PLATFORMS"] = "cpu"
+    child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv], process_group=0, env=env,
                              preexec_fn=_end_with_parent if sys.platform == "linux" else None)
     before = {s: signal.signal(s, lambda number, frame: child.send_signal(number))
               for s in (signal.SIGTERM, signal.SIGINT)}
@@ -130,9 +186,9 @@ def join(job: Job) -> None:
     where = {} if job.coordinator is None else {
         "coordinator_address": job.coordinator, "num_processes": job.processes,
         "process_id": job.process_id}
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from train.fit
     try:
-        jax.distributed.initialize(**where, initialization_timeout=WAIT_SECONDS,
-                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    shutdown_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"process {job.process_id} of {job.processes} did not find the others"

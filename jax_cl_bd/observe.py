@@ -20,10 +20,9 @@ SETTLED = 20  # steps after which the feed's first filling no longer counts
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices of this run, or None where it is not known."""
+    """Peak FLOP/s of one device, or None where it is not known."""
     kind = jax.devices()[0].device_kind
-    found = [peak for name, peak in PEAKS if kind.startswith(name)]
-    return found[0] * jax.device_count() if found else None
+    return next((peak for name, peak in PEAKS if kind.startswith(name)), None)
 
 
 def peak_memory() -> int | None:
@@ -36,8 +35,8 @@ def peak_memory() -> int | None:
 class Watch:
     """Rates since the last look: images per second, the share of the time at the feed, MFU."""
 
-    def __init__(self, label: str, batch_size: int, step: int):
-        self.label, self.batch_size = label, batch_size
+    def __init__(self, label: str, batch_size: int, step: int, devices: int = 1):
+        self.label, self.batch_size, self.devices = label, batch_size, devices
         self.first, self.warned, self.last = step, False, {}
         self.flops, self.peak = None, peak_flops()
         self.reset(step)
@@ -46,10 +45,14 @@ class Watch:
         """Begins anew, so that what was measured and saved in between does not count."""
         self.step, self.begun, self.waited = step, time.monotonic(), 0.0
 
-    def count(self, step_fn, state, data, batch) -> None:
-        """Counts the FLOPs of one step, once, where a peak is known to set them against."""
+    def count(self, step_fn, state, data, batch, steps: int = 1) -> None:
+        """Counts the FLOPs of one step, once, where a peak is known to set them against.
+
+        `batch`: of a dispatch of so many `steps`, with an axis for them if there are several.
+        """
         if self.flops is None and self.peak is not None:
-            self.flops = flops.count(step_fn, state, data, batch)
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[steps > 1:], x.dtype), batch)
+            self.flops = flops.count(step_fn, state, data, one)
 
     def timed(self, batches: Iterator) -> Iterator:
         """The same batches; notes how long each is waited for."""
@@ -69,7 +72,7 @@ class Watch:
         if (memory := peak_memory()) is not None:
             self.last["peak_memory_bytes"] = memory
         if self.flops is not None:
-            self.last["mfu"] = rate * self.flops / self.peak
+            self.last["mfu"] = rate * self.flops / (self.peak * self.devices)
         if self.last["feed_wait"] > STARVES and step > self.first + SETTLED and not self.warned:
             self.warned = True
             print(f"warning: {self.label} waits for its feed {self.last['feed_wait']:.0%} of the "
@@ -91,16 +94,17 @@ class Watch:
 class Profile:
     """Traces steps first + 1 to first + count into folder/profile, for TensorBoard or Perfetto.
 
-    A count of 0 traces nothing; steps that lie before a resumed run's first are left out.
+    Dispatches are traced whole. A count of 0 traces nothing; steps before those of a resumed run
+    are left out.
     """
 
     def __init__(self, folder: epath.Path, first: int, count: int):
         self.folder, self.first, self.last = folder / "profile", first, first + count
         self.running = False
 
-    def before(self, step: int) -> None:
-        """Told of the steps done before each dispatch."""
-        if not self.running and self.first <= step < self.last:
+    def before(self, step: int, count: int) -> None:
+        """Told of the steps done before each dispatch, and how many it does."""
+        if not self.running and step < self.last and step + count > self.first:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 

@@ -176,7 +176,7 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
                         | _to_do(cfg, folder, chosen, redone))
     _check_order(cfg, folder, victim, chosen, redone)
     if writes:
-        if force:
+        if force in chosen:  # else a later process of the job drops it
             drop(cfg, folder, force)
         run_folder.write_config(folder, cfg)
     for stage in GROUPS:
@@ -211,8 +211,10 @@ def check_alike(cfg: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: naming what differs, and where.
     """
-    source = sources.load(cfg.data, "train")
-    multihost.check_alike({"settings": run_folder.settings_of(cfg, GROUPS["pretrain"]),
+    source, settings = sources.load(cfg.data, "train"), cfg.to_dict()
+    for name in ("data_dir", "workers"):  # may differ from host to host
+        del settings["data"][name]
+    multihost.check_alike({"settings": settings,
                            "data": poison.fingerprint(source, sources.table(source))})
 
 

@@ -113,17 +113,16 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         writer, saved, unread = open_writer(folder, start), start, []
         profile = observe.Profile(folder, cfg_train.get("profile_from", 0),
                                   cfg_train.get("profile_steps", 0) if writes else 0)
-        watch = observe.Watch(label, cfg_train.batch_size, start)
+        watch = observe.Watch(label, cfg_train.batch_size, start, mesh.size)
         progress = (metrics.Progress if writes else metrics.Silent)(label, steps, start)
         with contextlib.closing(writer), contextlib.closing(progress), \
                 contextlib.closing(profile), contextlib.closing(feed.batches(start)) as batches:
             for step, count, batch in _dispatches(watch.timed(batches), start, steps, dispatch):
-                profile.before(step - count)
+                profile.before(step - count, count)
                 if refresh is not None:
                     state = refresh(state, data, step - count)
                 batch = parallel.put_rows(mesh, batch, axis=0 if count == 1 else 1)
-                watch.count(step_fn, state, data,
-                            batch if count == 1 else jax.tree.map(lambda x: x[0], batch))
+                watch.count(step_fn, state, data, batch, count)
                 state, values = (single if count == 1 else run)(state, data, batch)
                 profile.after(step, values)
                 unread.append((step, values))

@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
-        if name == ".lock" or name.startswith("events/"):
+        if name == ".lock" or "events/" in name:
             continue
         if "checkpoints/" in name:
             step = name.split("checkpoints/")[1].split("/")[0]

@@ -137,7 +137,7 @@ def test_a_batch_that_chips_cannot_share_is_refused(eight):
         compile_for.compile_for(cfg, "v5e:2x4", 200)
 
 
-@pytest.mark.tpu
+@pytest.mark.slow
 def test_libtpu_compiles_for_chips_that_are_not_there():
     pytest.importorskip("libtpu")
     found = compile_for.compile_for(quickstart.get_config("debug"), "v5e:2x2", 200)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from jax_cl_bd import __main__ as command
 from jax_cl_bd import multihost
@@ -27,7 +28,9 @@ QUICK = ("--config=configs/quickstart.py:debug,defense=none", "--config.control=
     ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, Job(4, 3, None)),
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Job(2, 1, None)),
     ({"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "2"}, Job(3, 2, None)),
-    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None)])
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
+      "MEGASCALE_SLICE_ID": "1"}, Job(4, 3, None))])
 def test_a_cluster_says_who_is_in_a_job(environ, job):
     assert multihost.find(None, None, None, environ) == job
 
@@ -49,40 +52,78 @@ def test_flags_that_do_not_fit_are_refused(given, message):
         multihost.find(*given, {})
 
 
+def test_a_slice_of_tpu_vms_is_told_by_its_metadata(monkeypatch):
+    told = {"worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2", "agent-worker-number": "1"}
+    monkeypatch.setattr(multihost, "on_tpu", lambda: True)
+    monkeypatch.setattr(multihost, "_metadata", told.__getitem__)
+    for name in [n for pair in multihost.CLUSTERS for n in pair]:
+        monkeypatch.delenv(name, raising=False)
+    assert multihost.find(None, None, None) == Job(2, 1, None)
+    told["worker-network-endpoints"] = "x:y:10.0.0.1"
+    assert multihost.find(None, None, None) is None
+
+
 @pytest.fixture
 def children(monkeypatch):
     """What a supervisor would start, and with which status each then ends (default 0)."""
     started, statuses = [], {}
 
-    def child(argv):
-        started.append(argv)
+    def child(argv, *, alone):
+        started.append((argv, alone))
         stage = next(w for w in argv if w.startswith("--stages=")).removeprefix("--stages=")
-        return statuses.get(stage, 0)
+        return statuses.get("check" if "--check_only" in argv else stage, 0)
 
     monkeypatch.setattr(multihost, "_child", child)
     return started, statuses
 
 
-def test_pretraining_is_for_all_and_the_rest_for_process_0(children):
-    stages = ["poison", "pretrain", "evaluate", "defend", "report"]
-    assert multihost.supervise(Job(2, 0, "a:1"), ["--workdir=x"], stages, "evaluate") == 0
-    first, joined, rest = children[0]
-    alone = ["--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
-    assert first == ["--workdir=x", "--stages=poison", *alone,
-                     "--also_check=pretrain,evaluate,defend,report"]
-    assert joined == ["--workdir=x", "--stages=pretrain", "--joined", "--processes=2",
-                      "--process_id=0", "--coordinator=a:1"]
-    assert rest == ["--workdir=x", "--stages=evaluate,defend,report", "--force=evaluate", *alone,
-                    "--also_check="]
-    children[0].clear()
-    assert multihost.supervise(Job(2, 1, None), [], stages, "poison") == 0
-    assert children[0] == [["--stages=pretrain", "--joined", "--processes=2", "--process_id=1"]]
+ALL = ["poison", "pretrain", "evaluate", "defend", "report"]
+ALONE = ["--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
 
 
-def test_a_stage_that_breaks_ends_the_process(children):
-    children[1]["pretrain"] = 143
-    assert multihost.supervise(Job(2, 0, "a:1"), [], ["pretrain", "evaluate"], None) == 143
-    assert len(children[0]) == 1
+def test_pretraining_is_for_all_and_the_rest_for_process_0(children, tmp_path):
+    job = Job(2, 0, "a:1")
+    assert multihost.supervise(job, ["--workdir=x"], ALL, "evaluate", epath.Path(tmp_path)) == 0
+    force = "--force=evaluate"
+    who = ["--coordinator=a:1", "--processes=2", "--process_id=0"]
+    assert children[0] == [
+        (["--workdir=x", f"--stages={','.join(ALL)}", *ALONE, force, "--check_only"], True),
+        (["--workdir=x", "--stages=poison", force, *ALONE], True),
+        (["--workdir=x", "--stages=pretrain", force, "--joined", *who], False),
+        (["--workdir=x", "--stages=evaluate,defend,report", force, *ALONE], True)]
+
+
+def test_the_others_only_check_and_pretrain(children, tmp_path):
+    (tmp_path / "poison").mkdir()
+    (tmp_path / "poison" / "done.json").write_text("{}")
+    assert multihost.supervise(Job(2, 1, None), [], ALL, "poison", epath.Path(tmp_path)) == 0
+    assert children[0] == [([f"--stages={','.join(ALL)}", *ALONE, "--force=poison",
+                             "--check_only"], True), (["--stages=pretrain", "--joined"], False)]
+
+
+@pytest.mark.parametrize("environ", [
+    {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, {}])
+def test_what_joins_finds_the_same_job(environ):
+    """With the flags that its supervisor gives it."""
+    job = Job(2, 1, None if environ else "a:1")
+    given = dict(word.removeprefix("--").split("=") for word in multihost._who(job))
+    assert job == multihost.find(
+        given.get("coordinator"), *(int(given[n]) if n in given else None
+                                    for n in ("processes", "process_id")), environ)
+
+
+def test_poisons_that_do_not_come_end_the_wait(monkeypatch, tmp_path, children):
+    monkeypatch.setattr(multihost, "POISON_SECONDS", -1)
+    with pytest.raises(RuntimeError, match="process 0 has not poisoned within"):
+        multihost.supervise(Job(2, 1, "a:1"), [], ALL, None, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("stage, count", [("check", 1), ("pretrain", 2)])
+def test_a_stage_that_breaks_ends_the_process(children, tmp_path, stage, count):
+    children[1][stage] = 143
+    given = (["pretrain", "evaluate"], None, epath.Path(tmp_path))
+    assert multihost.supervise(Job(2, 0, "a:1"), [], *given) == 143
+    assert len(children[0]) == count
 
 
 def test_each_process_keeps_the_flags_that_are_shared():
@@ -134,8 +175,9 @@ def test_two_processes_train_as_one_does(tmp_path):
     np.testing.assert_allclose([two[s] for s in two], [one[s] for s in one], rtol=1e-6)
     assert train(tmp_path / "again", 2) == two
 
-    port, folder = free_port(), tmp_path / "killed"
-    running = [start(folder, i, 2, port) for i in range(2)]
+    folder, longer = tmp_path / "killed", "--config.train.steps=60"
+    undisturbed, port = train(tmp_path / "undisturbed", 2, longer), free_port()
+    running = [start(folder, i, 2, port, longer) for i in range(2)]
     deadline = time.monotonic() + 300
     while not (folder / "checkpoints" / "5" / "digests.json").exists():
         assert time.monotonic() < deadline and running[0].poll() is None
@@ -145,8 +187,12 @@ def test_two_processes_train_as_one_does(tmp_path):
     for processes, devices in ((1, 4), (2, 2)):
         went_on = tmp_path / f"went_on_{processes}"
         subprocess.run(["cp", "-r", folder, went_on], check=True)
-        np.testing.assert_allclose(list(train(went_on, processes, devices=devices).values()),
-                                   list(two.values()), rtol=1e-6)
+        found = train(went_on, processes, longer, devices=devices)
+        if processes == 2:
+            assert found == undisturbed
+        else:
+            np.testing.assert_allclose([found[s] for s in range(1, 11)],
+                                       [undisturbed[s] for s in range(1, 11)], rtol=1e-6)
 
 
 @pytest.mark.slow

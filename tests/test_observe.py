@@ -65,10 +65,10 @@ def test_mfu_is_flops_over_the_peak_of_known_devices(monkeypatch, clock):
 
     def step(state, data, batch):
         calls.append(1)
-        return state @ data, {}
+        return state @ data, batch.shape
 
     for _ in range(2):
-        watch.count(step, jnp.ones((10, 20)), jnp.ones((20, 30)), {})
+        watch.count(step, jnp.ones((10, 20)), jnp.ones((20, 30)), jnp.ones((3, 7)), 3)
     assert watch.flops == 2 * 10 * 20 * 30 and len(calls) == 1
     clock.now += 0.5
     assert watch.read(1)["mfu"] == pytest.approx(2 * 12_000 / 1e6)
@@ -80,13 +80,13 @@ def test_a_profile_holds_its_window(tmp_path):
     profile, folder = observe.Profile(epath.Path(tmp_path), 1, 2), tmp_path / "profile"
     seen = []
     for step in range(1, 5):
-        profile.before(step - 1)
+        profile.before(step - 1, 1)
         seen.append(profile.running)
         profile.after(step, jax.jit(jnp.sin)(jnp.ones(4)))
     assert seen == [False, True, True, False] and not profile.running
     assert list(folder.rglob("*.xplane.pb"))
     never = observe.Profile(epath.Path(tmp_path / "none"), 0, 0)
-    never.before(0)
+    never.before(0, 1)
     assert not never.running
 
 

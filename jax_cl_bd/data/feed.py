@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -193,9 +195,18 @@ def _stream(ordered, workers):
 
 
 def _leave_signals_to_the_trainer(index, count):
-    """Ctrl-C reaches all processes of a terminal; it must not end the feed before the last save."""
+    """Ctrl-C reaches all processes of a terminal; it must not end the feed before the last save.
+    A worker ends when its trainer is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    trainer = os.getppid()
+
+    def watch():
+        while os.getppid() == trainer:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _load_all(dataset, side):
