@@ -3,8 +3,8 @@
 Many encoders at once: runs that differ in seed and attack alone (target, number of poisons,
 trigger) are trained by one compiled step, vmapped over them, on one device or over the mesh.
 Choices of several --vary are crossed; each member has a folder of its own, such as
-DIR/seed=0+attack.target=1, which is that of an ordinary run: any other command goes on with it.
-Members of one seed share the clean twin of the first of them.
+DIR/seed=0+attack.target=1, which is that of an ordinary run (its config.json has all settings).
+Members of one seed share the clean twin of the first of them: those name it in control_from.
 
 While they are trained their states lie together in DIR/together, from which the same command goes
 on after any end; then each member gets its own checkpoint and metrics. Clean images are held once
@@ -15,6 +15,7 @@ during training (train.eval_every).
 import contextlib
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -109,12 +110,12 @@ def _typed(cfg, key, text):
 
 def with_controls(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> dict:
     """Lets members of one seed share the clean twin of the first of them."""
-    first, out = {}, {}
+    first, out, local = {}, {}, "://" not in str(folder)
     for name, cfg in members.items():
         own = ml_collections.ConfigDict(cfg.to_dict())
         home = first.setdefault(cfg.seed, name)
         if cfg.control and not cfg.control_from and home != name:
-            own.control_from = str(folder / home)
+            own.control_from = os.path.abspath(folder / home) if local else str(folder / home)
         out[name] = own.lock()
     return out
 
@@ -124,10 +125,11 @@ def run(members: dict[str, ml_collections.ConfigDict], folder: epath.Path,
     """Poisons each, pretrains all together, then measures each; what is complete is skipped."""
     chosen = [stage for stage in run_folder.STAGES if stage in chosen]
     for cfg in members.values():
-        stages.check(cfg, [s for s in chosen if s != "pretrain"])
-        if "pretrain" in chosen:
-            check(cfg)
+        check(cfg)
+        stages.check(cfg, chosen)
     members = with_controls(members, folder)
+    if "pretrain" in chosen:
+        check_places(members, folder)
     with contextlib.ExitStack() as locks:
         for name in members:
             locks.enter_context(run_folder.locked(folder / name))
@@ -146,6 +148,10 @@ def run(members: dict[str, ml_collections.ConfigDict], folder: epath.Path,
 
 def check(cfg: ml_collections.ConfigDict) -> None:
     """Refuses what members cannot share. Raises UserError."""
+    for name in ("victim", "init_from"):
+        if cfg[name]:
+            raise UserError(f"{name}={cfg[name]!r} is of single runs; members begin with weights "
+                            "drawn from their seeds")
     if cfg.data.feed != "resident":
         raise UserError("data.feed=streamed gives each run images of its own; a population holds "
                         "them once: --config.data.feed=resident")
@@ -154,29 +160,48 @@ def check(cfg: ml_collections.ConfigDict) -> None:
                         "length where other rows are poisoned; set --config.train.steps")
     if cfg.train.chunks != 1:
         raise UserError(f"train.chunks={cfg.train.chunks} is of single runs; members share a step")
-    if training.looks_at_all(cfg):
-        raise UserError(f"objective {cfg.objective.name!r} looks at all data between steps and is "
-                        "of single runs")
-    training.check(cfg)
+    if training.looks_at_all(cfg) or "epoch_steps" in cfg.objective:
+        raise UserError(f"objective {cfg.objective.name!r} looks at all data, or counts the epochs "
+                        "of its own, and is of single runs")
+
+
+def check_places(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> None:
+    """Refuses members that devices cannot share, and folders that were made with other settings.
+    Raises UserError."""
+    twins = sum(bool(cfg.control and not cfg.control_from and cfg.attack.poisons)
+                for cfg in members.values())
+    size = parallel.make_mesh(next(iter(members.values())).mesh).size
+    if (len(members) + twins) % size:
+        raise UserError(f"{len(members)} victims and {twins} controls cannot be shared equally by "
+                        f"{size} devices; choose --config.mesh.data to divide them")
+    for name, cfg in members.items():
+        run_folder.check_settings(folder / name / "pretrain", _settings(cfg))
 
 
 def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> None:
-    """Trains the victims, and the twins that are asked for, that are not complete."""
-    todo = [m for m in _members(members, folder) if not run_folder.is_done(m.folder / "pretrain")]
+    """Trains the victims, and the twins that are asked for, that are not complete.
+
+    Those that were begun together are trained together to the end, also where some of them have
+    been given their checkpoints already.
+    """
+    place, every = folder / TOGETHER, _members(members, folder)
+    begun = (run_folder.read_json(place / "settings.json")["members"]
+             if (place / "settings.json").exists() else None)
+    todo = [m for m in every if (_name(m, folder) in begun if begun
+                                 else not run_folder.is_done(m.folder / "pretrain"))]
     if not todo:
         print("pretrain: complete", flush=True)
         return
-    cfg, steps = todo[0].cfg, todo[0].cfg.train.steps
-    mesh = parallel.make_mesh(cfg.mesh)
-    if len(todo) % mesh.size:
-        raise UserError(f"{len(todo)} encoders cannot be shared equally by {mesh.size} devices; "
-                        "choose --config.mesh.data to divide them")
-    place, names = folder / TOGETHER, [str(m.folder.relative_to(folder)) for m in todo]
-    run_folder.check_settings(place, {"members": names}) if place.exists() else None
-    run_folder.begin(place, {"members": names})
+    if begun and len(todo) < len(begun):
+        missing = sorted(set(begun) - {_name(m, folder) for m in todo})
+        raise UserError(f"{place} was begun with further members, {', '.join(missing)}; vary what "
+                        "was varied then, or remove that folder")
+    run_folder.begin(place, {"members": [_name(m, folder) for m in todo]})
     for m in todo:
         run_folder.write_config(m.folder, m.cfg)
         run_folder.begin(m.folder / "pretrain", _settings(m.cfg))
+    cfg, steps = todo[0].cfg, todo[0].cfg.train.steps
+    mesh = parallel.make_mesh(cfg.mesh)
     batches = Feed.of(todo)
     step, init = step_of(cfg, steps, [m.per_epoch for m in todo])
     keys = jnp.stack([training.first_key(m.cfg) for m in todo])
@@ -189,8 +214,13 @@ def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> 
     state = fit(step, state, shardings, batches, folder=place, steps=steps, cfg_train=cfg_train,
                 mesh=mesh, label=f"pretrain {len(todo)} encoders")
     for i, m in enumerate(todo):
-        _leave(m, i, jax.tree.map(lambda x: x[i], state), steps, place)
+        if not run_folder.is_done(m.folder / "pretrain"):
+            _leave(m, i, jax.tree.map(lambda x: x[i], state), steps, place)
     place.rmtree()
+
+
+def _name(member, folder):
+    return str(member.folder.relative_to(folder))
 
 
 def step_of(cfg, steps: int, per_epoch: list[int]) -> tuple[Callable, Callable]:
@@ -278,8 +308,9 @@ def _settings(cfg):
 
 def _leave(member: Member, i: int, state: TrainState, steps: int, together: epath.Path) -> None:
     """Gives a member its checkpoint and its lines of metrics, and marks it complete."""
+    found = checkpoint.newest_good_step(member.folder / "checkpoints", rename=True)
     with checkpoint.open_manager(member.folder / "checkpoints") as manager:
-        if checkpoint.newest_good_step(member.folder / "checkpoints", rename=True) != steps:
+        if found != steps:
             checkpoint.save(manager, steps, state)
     start = f"train/{i}/"
     with contextlib.closing(metrics.Writer(member.folder, -1)) as writer:
@@ -292,6 +323,10 @@ def _leave(member: Member, i: int, state: TrainState, steps: int, together: epat
 def main(argv: list[str]) -> None:
     """Reads the flags, then runs what is not complete."""
     command.parse_flags(argv)
+    for flag in (command.FORCE, command.COORDINATOR, command.PROCESSES, command.PROCESS_ID):
+        if flag.value is not None:
+            raise UserError(f"--{flag.name} is of single runs; a population has one process, and "
+                            "is made anew in another --workdir")
     host_memory.keep_pages()
     folder = epath.Path(command.WORKDIR.value)
     run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import quickstart
+from configs import clip_scenes, quickstart
 from jax_cl_bd import metrics, population, run_folder, stages
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
@@ -63,7 +63,46 @@ def test_a_member_goes_on_as_an_ordinary_run(trained, capsys):
     assert "pretrain: complete" in capsys.readouterr().out
     assert {"victim", "control"} <= run_folder.read_json(trained / name / "results.json").keys()
     population.run(population.configs(config(), VARY), trained, ["poison", "pretrain"])
+    assert not (trained / "together").exists()
     assert capsys.readouterr().out.count("pretrain: complete") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment, vary", [
+    (quickstart.get_config("debug,defense=none,objective=moco"), "attack.poisons=0,8"),
+    (quickstart.get_config("debug,defense=none,objective=byol"), "seed=0,1"),
+    (clip_scenes.get_config("badnets,debug"), "attack.poisons=4,8")])
+def test_members_of_other_objectives_and_attacks(experiment, vary, tmp_path, monkeypatch):
+    """Queues, moving averages, tokens, rows that are replaced, no poisons; a kill on the way."""
+    experiment.train.steps, experiment.mesh.data = 4, 1
+    folder, left, leave = epath.Path(tmp_path / "all"), [], population._leave
+    members = population.configs(experiment.lock(), [vary])
+
+    def once(*args):
+        if left:
+            raise KeyboardInterrupt
+        left.append(leave(*args))
+
+    monkeypatch.setattr(population, "_leave", once)
+    with pytest.raises(KeyboardInterrupt):
+        population.run(members, folder, ["poison", "pretrain"])
+    monkeypatch.setattr(population, "_leave", leave)
+    population.run(members, folder, ["poison", "pretrain"])
+    assert not (folder / "together").exists()
+    for name in members:
+        single = epath.Path(tmp_path / name)
+        stages.run(run_folder.read_config(folder / name), single, ["poison", "pretrain"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+                     weights(folder / name), weights(single))
+
+
+def test_members_that_devices_cannot_share_are_refused(tmp_path):
+    cfg = config().copy_and_resolve_references().unlock()
+    cfg.mesh.data = 4
+    members = population.configs(cfg.lock(), ["seed=0,1,2"])
+    with pytest.raises(UserError, match="3 victims and 3 controls cannot be shared equally by 4"):
+        population.run(members, epath.Path(tmp_path), ["poison", "pretrain"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("vary, message", [
@@ -78,7 +117,9 @@ def test_what_members_cannot_differ_in(vary, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"data.feed": "streamed"}, "feed=resident"), ({"train.steps": 0, "train.epochs": 1}, "epochs"),
-    ({"train.chunks": 2}, "single runs")])
+    ({"train.chunks": 2}, "single runs"), ({"init_from": "x"}, "init_from='x' is of single runs"),
+    ({"victim": "x"}, "victim='x' is of single runs"),
+    ({"objective.name": "safeclip"}, "objective 'safeclip' looks at all data")])
 def test_what_members_cannot_share(change, message):
     cfg = config().copy_and_resolve_references().unlock()
     cfg.update_from_flattened_dict(change)
