@@ -33,12 +33,17 @@ def peak_memory() -> int | None:
 
 
 class Watch:
-    """Rates since the last look: images per second, the share of the time at the feed, MFU."""
+    """Rates since the last look: images per second, the share of the time at the feed, MFU.
+
+    A CPU is host and device at once: a feed that waits there for the cores starves nobody, so
+    there it is not warned of.
+    """
 
     def __init__(self, label: str, batch_size: int, step: int, devices: int = 1):
         self.label, self.batch_size, self.devices = label, batch_size, devices
         self.first, self.warned, self.last = step, False, {}
         self.flops, self.peak = None, peak_flops()
+        self.host_is_device = jax.default_backend() == "cpu"
         self.reset(step)
 
     def reset(self, step: int) -> None:
@@ -73,7 +78,8 @@ class Watch:
             self.last["peak_memory_bytes"] = memory
         if self.flops is not None:
             self.last["mfu"] = rate * self.flops / (self.peak * self.devices)
-        if self.last["feed_wait"] > STARVES and step > self.first + SETTLED and not self.warned:
+        if (self.last["feed_wait"] > STARVES and step > self.first + SETTLED
+                and not self.warned and not self.host_is_device):
             self.warned = True
             print(f"warning: {self.label} waits for its feed {self.last['feed_wait']:.0%} of the "
                   "time; raise --config.data.workers, or hold the images in device memory with "
@@ -82,8 +88,9 @@ class Watch:
 
     def __str__(self) -> str:
         known = self.last
-        said = [f"{known['images_per_second']:,.0f} images/s",
-                f"{known['feed_wait']:.0%} of the time at the feed"]
+        said = [f"{known['images_per_second']:,.0f} images/s"]
+        if not self.host_is_device:
+            said.append(f"{known['feed_wait']:.0%} of the time at the feed")
         if "peak_memory_bytes" in known:
             said.append(f"{known['peak_memory_bytes'] / 1e9:.2f} GB of a device's memory")
         if "mfu" in known:

@@ -237,5 +237,6 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     found.setdefault("text", {"name": "none"})  # of runs made before there were image-text models
     found.setdefault("control_from", "")
     found.setdefault("init_from", "")
-    found["train"] = {"chunks": 1, "profile_from": 0, "profile_steps": 0} | found.get("train", {})
+    if "train" in found:
+        found["train"] = {"chunks": 1, "profile_from": 0, "profile_steps": 0} | found["train"]
     return ml_collections.ConfigDict(found).lock()

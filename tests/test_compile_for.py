@@ -105,6 +105,7 @@ def test_a_step_is_compiled_and_described(eight):
     assert "fits: " in said and "predicted, not measured:" in said
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_is_held_whole_is_said(eight, monkeypatch):
     monkeypatch.setitem(compile_for.CHIPS, "v5e", (197e12, 1e3, 819e9, 200e9))
     monkeypatch.setattr(compile_for, "LARGE", 1e5)

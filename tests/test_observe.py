@@ -40,7 +40,8 @@ def look(watch, batches, clock, steps):
         watch.reset(step)
 
 
-def test_a_feed_that_starves_the_device_is_named_once(capsys, clock):
+def test_a_feed_that_starves_the_device_is_named_once(capsys, clock, monkeypatch):
+    monkeypatch.setattr(observe.jax, "default_backend", lambda: "gpu")
     watch = observe.Watch("pretrain victim", 8, 0)
     for found in look(watch, watch.timed(clock.feed(1.0)), clock, 4):
         assert found == {"images_per_second": 2.0, "feed_wait": 0.25}
@@ -50,7 +51,15 @@ def test_a_feed_that_starves_the_device_is_named_once(capsys, clock):
     assert str(watch) == "pretrain victim: at the end 2 images/s, 25% of the time at the feed"
 
 
-def test_a_feed_that_keeps_up_is_not(capsys, clock):
+def test_a_cpu_that_is_its_own_host_is_not(capsys, clock):
+    watch = observe.Watch("x", 8, 0)
+    assert all(found["feed_wait"] == 0.25
+               for found in look(watch, watch.timed(clock.feed(1.0)), clock, 4))
+    assert not capsys.readouterr().err and str(watch) == "x: at the end 2 images/s"
+
+
+def test_a_feed_that_keeps_up_is_not(capsys, clock, monkeypatch):
+    monkeypatch.setattr(observe.jax, "default_backend", lambda: "gpu")
     watch = observe.Watch("x", 8, 0)
     for found in look(watch, watch.timed(clock.feed(0.5)), clock, 4):
         assert found["feed_wait"] == pytest.approx(1 / 7)

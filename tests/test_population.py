@@ -34,6 +34,7 @@ def weights(folder):
     return jax.tree.map(np.asarray, opened.variables)
 
 
+@pytest.mark.slow
 def test_each_member_is_its_single_run(trained, tmp_path):
     names = sorted(p.name for p in trained.iterdir() if p.is_dir())
     assert names == sorted(f"seed={s}+attack.poisons={n}" for s in (0, 1) for n in (4, 8))

@@ -70,7 +70,8 @@ def one_update(cfg, state, devices=1):
 
 
 @pytest.mark.parametrize("name, devices, chunks, bn_groups", [
-    ("clip", 8, 4, 1), ("siglip", 1, 2, 1), ("simclr", 8, 2, 16), ("byol", 1, 2, 2),
+    ("clip", 8, 4, 1), ("siglip", 1, 2, 1), ("simclr", 8, 2, 16),
+    pytest.param("byol", 1, 2, 2, marks=pytest.mark.slow),
     pytest.param("simclr", 1, 4, 4, marks=pytest.mark.slow),
     pytest.param("moco", 1, 2, 2, marks=pytest.mark.slow)])
 def test_parts_give_the_step_of_the_whole_batch(name, devices, chunks, bn_groups, monkeypatch):
