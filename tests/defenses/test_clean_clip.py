@@ -24,6 +24,7 @@ def repaired(cfg, folder, truth=None, method=clean_clip):
     return small_repair.run(method, cfg, folder, truth)
 
 
+@pytest.mark.slow
 def test_moves_weights_and_the_truth_changes_nothing(cfg, tmp_path):
     mine = ConfigDict(cfg.to_dict())
     mine.defense.pairs = 20

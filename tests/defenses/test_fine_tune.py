@@ -56,6 +56,7 @@ def test_moves_the_victims_own_weights(cfg, tmp_path):
     np.testing.assert_allclose(opened.text(["a red star"]), again.text(["a red star"]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_truth_changes_nothing(cfg, tmp_path):
     truth = defend.Truth(Plan.empty(), 3, None)
     found = [tuned(cfg, tmp_path / name, 1e-2, t)[1]
