@@ -1,8 +1,8 @@
 """python -m jax_cl_bd.compile_for --topology=v5e:16x16 --config=FILE[:args] [--rows=N] [--json]
 
 Compiles a config's training step for TPUs that are not there (extra `tpu`), and says whether it
-fits, what every device computes, reads and sends, and how long a step would then take. Nothing is
-measured: `predicted` is max(FLOPs / peak, bytes / memory bandwidth) + sent bytes / link bandwidth,
+fits, what every device computes, reads and sends, and how long a step would then take. The exit
+status is 1 if it does not fit. Nothing is measured: `predicted` is max(FLOPs / peak, bytes / memory bandwidth) + sent bytes / link bandwidth,
 without overlap (docs/scaling.md). No data are read: --rows says how many there would be.
 """
 
@@ -121,8 +121,16 @@ def compile_for(cfg, topology: str, rows: int) -> dict:
     begun = time.monotonic()
     with jax.set_mesh(mesh):
         counted = flops.count(step_fn, *arguments) / mesh.size
-        compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).lower(
-            *arguments).compile()
+        lowered = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).lower(
+            *arguments)
+        what = {"topology": topology, "devices": mesh.size, "batch_size": cfg.train.batch_size,
+                "flops": counted, "replicated": _replicated(arguments)}
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {**what, "fits": False, "refused": _sentence(str(error))}
     seconds = time.monotonic() - begun
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     found = hlo.collectives(compiled.as_text(), mesh.size)
@@ -135,17 +143,20 @@ def compile_for(cfg, topology: str, rows: int) -> dict:
              "memory": cost["bytes accessed"] / bandwidth, "links": sent / link}
     predicted = max(parts["compute"], parts["memory"]) + parts["links"]
     return {
-        "topology": topology, "devices": mesh.size, "batch_size": cfg.train.batch_size,
-        "fits": bool(needs <= hbm), "memory_bytes": needs, "hbm_bytes": hbm,
+        **what, "fits": bool(needs <= hbm), "memory_bytes": needs, "hbm_bytes": hbm,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": counted, "compiler_flops": cost["flops"], "bytes": cost["bytes accessed"],
+        "compiler_flops": cost["flops"], "bytes": cost["bytes accessed"],
         "sent_bytes": sent, "collectives": _summed(found),
         "largest_collectives": [vars(c) for c in found[:10]],
         "predicted_parts": parts, "predicted_step_seconds": predicted,
         "predicted_images_per_second": cfg.train.batch_size / predicted,
-        "predicted_mfu": counted / peak / predicted,
-        "replicated": _replicated(arguments), "compile_seconds": seconds}
+        "predicted_mfu": counted / peak / predicted, "compile_seconds": seconds}
+
+
+def _sentence(error: str) -> str:
+    """What the compiler says of memory in the first line of its error."""
+    return error.splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2].strip()
 
 
 def _summed(found) -> dict[str, dict]:
@@ -174,11 +185,15 @@ def _replicated(arguments) -> dict[str, int]:
 def text(found: dict) -> str:
     """The lines that a reader wants to see."""
     gb = 1e9
+    held = [f"warning: every chip holds all of {name}, {size / 1e6:.0f} MB"
+            for name, size in found["replicated"].items()]
+    title = (f"{found['topology']}: {found['devices']} chips, global batch {found['batch_size']}")
+    if "refused" in found:
+        return "\n".join([title, f"DOES NOT FIT: the compiler says: {found['refused']}", *held])
     spare = (found["hbm_bytes"] - found["memory_bytes"]) / gb
     parts = found["predicted_parts"]
     lines = [
-        f"{found['topology']}: {found['devices']} chips, global batch {found['batch_size']}, "
-        f"compiled in {found['compile_seconds']:.0f} s",
+        f"{title}, compiled in {found['compile_seconds']:.0f} s",
         f"{'fits' if found['fits'] else 'DOES NOT FIT'}: {found['memory_bytes'] / gb:.2f} of "
         f"{found['hbm_bytes'] / gb:.0f} GB per chip, {abs(spare):.2f} GB "
         f"{'to spare' if spare >= 0 else 'too much'} (arguments "
@@ -191,8 +206,7 @@ def text(found: dict) -> str:
         f"{1000 * parts['compute']:.1f}, memory {1000 * parts['memory']:.1f}, links "
         f"{1000 * parts['links']:.1f}), {found['predicted_images_per_second']:,.0f} images/s, MFU "
         f"{found['predicted_mfu']:.2f}",
-        *(f"warning: every chip holds all of {name}, {size / 1e6:.0f} MB"
-          for name, size in found["replicated"].items())]
+        *held]
     return "\n".join(lines)
 
 
@@ -207,8 +221,12 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is missing; for example: python -m jax_cl_bd.compile_for "
                             "--topology=v5e:16x16 --config=configs/imagenet100.py")
     os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; there is no TPU to open
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for this process
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a host that knows of one
     found = compile_for(CONFIG.value, TOPOLOGY.value, ROWS.value)
     print(json.dumps(found) if JSON.value else text(found))
+    if not found["fits"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

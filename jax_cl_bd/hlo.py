@@ -4,6 +4,10 @@ Loops count as often as they run, where the compiler knows how often. The bytes 
 those that each device sends in a ring, with R the bytes of its result on one device and n devices
 in a group: all-gather R (n - 1) / n, all-reduce 2 R (n - 1) / n, reduce-scatter R (n - 1),
 all-to-all R (n - 1) / n, collective-permute R.
+
+A TPU's compiler hides a collective behind computation by spreading it over fusions: one that starts
+it, any number of `async_collective_fusion` that each send some of it, one that ends it. The text
+repeats the collective in every one of them; it counts once, where it starts.
 """
 
 import dataclasses
@@ -56,7 +60,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
             for called in _called(line):
                 if called in runs:
                     runs[called] += runs[name] * inside
-    found = [c for name, lines in computations.items() if runs[name] for line in lines
+    found = [c for name, lines in computations.items()
+             if runs[name] and not _goes_on(name, lines) for line in lines
              if (c := _collective(line, runs[name], devices,
                                   scatters=name.startswith("all-reduce-scatter")))]
     return sorted(found, key=lambda c: -c.sent_bytes)
@@ -70,6 +75,14 @@ def _computations(text):
         found[head[2]] = body.splitlines()
         entry = head[2] if head[1] else entry
     return found, entry
+
+
+def _goes_on(name, lines):
+    """Whether a computation carries on or ends a collective that another one started."""
+    def has(target):
+        return any(f'custom_call_target="{target}"' in line for line in lines)
+    return has("AsyncCollectiveDone") or (name.startswith("async_collective_fusion")
+                                          and not has("AsyncCollectiveStart"))
 
 
 def _called(line):

@@ -27,12 +27,30 @@ source_target_pairs={{0,1},{1,0}}
 replica_groups={{0,1,2,3}}, to_apply=%add
 }
 
+%fused.1 (b: f32[1,8]) -> (f32[1,8], f32[8,8]) {
+  %spread.1 = f32[8,8]{1,0} all-gather(%b), channel_id=9, dimensions={0}
+  ROOT %started = (f32[1,8], f32[8,8]) custom-call(%spread.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (b: f32[1,8]) -> (f32[1,8], f32[8,8]) {
+  %spread.2 = f32[8,8]{1,0} all-gather(%b), channel_id=9, dimensions={0}
+}
+
+%fused.3 (b: f32[1,8]) -> f32[8,8] {
+  %spread.3 = f32[8,8]{1,0} all-gather(%b), channel_id=9, dimensions={0}
+  ROOT %ended = f32[8,8] custom-call(%spread.3), custom_call_target="AsyncCollectiveDone"
+}
+
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %while.1 = (s32[], f32[4,8]{1,0}) while(%t), condition=%cond, body=%wide.body, \
 backend_config={"known_trip_count":{"n":"7"},"known_init_step":{"init":"0","step":"1"}}
   %fusion = bf16[128,256]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
   %ag = (f32[4,8]{1,0}, f32[16,8]{1,0:T(8,128)}) all-gather-start(%a), \
 replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/dot_general"}
+  %s1 = (f32[1,8], f32[8,8]) fusion(%b), kind=kCustom, calls=%fused.1
+  %s2 = (f32[1,8], f32[8,8]) fusion(%b, %s1), kind=kCustom, calls=%async_collective_fusion.2
+  %s3 = f32[8,8] fusion(%b, %s2), kind=kCustom, calls=%fused.3
   %done = f32[16,8]{1,0} all-gather-done(%ag)
   ROOT %r = f32[4,8]{1,0} all-reduce(%a), \
 replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
@@ -46,7 +64,7 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
 
 def test_collectives_of_a_program():
     found = {c.name: c for c in hlo.collectives(TEXT, 8)}
-    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r"]
+    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r", "spread.1"]
     hop, scatter, gather, reduce = (found[n] for n in ("hop", "all-reduce.4", "ag", "r"))
     assert (hop.kind, hop.times, hop.sent_bytes) == ("collective-permute", 7, 7 * 4 * 8 * 4)
     assert (scatter.kind, scatter.group) == ("reduce-scatter", 4)
@@ -114,6 +132,16 @@ def test_what_does_not_fit_and_what_is_held_whole_is_said(eight, monkeypatch):
     assert not found["fits"] and "DOES NOT FIT" in compile_for.text(found)
     assert found["replicated"] == {"data['clean']['image']": 2000 * cfg.data.image_size**2 * 3}
     assert "every chip holds all of data['clean']['image']" in compile_for.text(found)
+
+
+def test_what_the_compiler_refuses_for_its_memory_does_not_fit():
+    error = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 20.27G exceeds 15.75G.\nmore")
+    found = {"topology": "v5e:2x4", "devices": 8, "batch_size": 16, "fits": False,
+             "refused": compile_for._sentence(error), "replicated": {"data['x']": 2e8}}
+    assert compile_for.text(found).splitlines() == [
+        "v5e:2x4: 8 chips, global batch 16",
+        "DOES NOT FIT: the compiler says: Ran out of memory on HBM, 20.27G exceeds 15.75G.",
+        "warning: every chip holds all of data['x'], 200 MB"]
 
 
 @pytest.mark.parametrize("config, topology, message", [
