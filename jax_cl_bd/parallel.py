@@ -108,6 +108,43 @@ def join_rows(x: jax.Array) -> jax.Array:
     return _cut(x.reshape(-1, *x.shape[3:]), mesh, axis=0)
 
 
+def deal_rows(x: jax.Array, groups: int) -> jax.Array:
+    """Moves the rows [N, ...] of equal, contiguous groups between them, like cards; twice is back.
+
+    Blocks of b groups exchange, b the smaller of `groups` and of their size, of which one must
+    divide the other: a group keeps a b-th of its rows, in order of the group they come from, and
+    gets as many of each other one of its block. Where every device of `jax.set_mesh` holds whole
+    groups, a device sends its own rows once and no more; else the compiler finds a way.
+    """
+    size = len(x) // groups
+    block = min(size, groups)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = row_axes(mesh)
+    devices = math.prod(mesh.shape[name] for name in axes)
+    here, more = divmod(groups, devices)  # groups of a device
+    if devices == 1 or more or (here % block and block % here):
+        return _dealt(x, groups, block)
+    others = max(block // here, 1)  # devices that exchange
+
+    def exchange(x):
+        if others == 1:
+            return _dealt(x, here, block)
+        # [own group, its device later, its group there, rows] -> [there: group, from: device,
+        # group, rows]
+        x = x.reshape(here, others, here, -1, *x.shape[1:])
+        x = jax.lax.all_to_all(x, axes, 1, 1, axis_index_groups=[
+            list(range(i, i + others)) for i in range(0, devices, others)])
+        return x.transpose(2, 1, 0, *range(3, x.ndim)).reshape(-1, *x.shape[4:])
+
+    cut = PartitionSpec(axes)
+    return jax.shard_map(exchange, in_specs=cut, out_specs=cut)(x)
+
+
+def _dealt(x, groups, block):
+    parts = x.reshape(groups // block, block, block, -1, *x.shape[1:])
+    return parts.swapaxes(1, 2).reshape(x.shape)
+
+
 def _cut(x, mesh, axis):
     names = row_axes(mesh)
     spec = PartitionSpec(*([None] * axis), names)

@@ -10,9 +10,12 @@ Recipe of the SSL backdoor papers: ResNet-18, 200 or 300 epochs, batch 256, SGD 
 query, view 2 the key, and the loss is not symmetrised. Each view has its own pass, as batch norm
 must not mix queries and keys.
 
-Batch norm: with model.bn_groups = G > 1, the key batch is permuted over the whole batch before
-the key encoder and permuted back after it (the paper's shuffled BN over G devices), so that a key
-shares its statistics with other images than its query does. With G = 1 there is nothing to
+Batch norm: with model.bn_groups = G > 1, the key batch is shuffled over the groups before the key
+encoder and back after it (the paper's shuffled BN over G devices), so that a key shares its
+statistics with other images than its query does. The paper draws a permutation, for which every
+device gathers the whole batch of images. As the batch is in random order already, ours is fixed
+(parallel.deal_rows) and a device sends its own images once; where G and the size of a group do not
+divide each other it is drawn. With G = 1 there is nothing to
 shuffle, and queries share their batch's statistics with their keys but not with the queue: that
 leak, weaker the larger the batch, is what the paper shuffles against, so G = 1 is an ablation.
 
@@ -27,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_cl_bd import parallel
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models.heads import MLP
 from jax_cl_bd.models.parts import copied, forward
@@ -82,6 +86,11 @@ def after_update(cfg, variables, extra, step, total_steps):
 def _keys(cfg, target, images, apply_fns, parts, key):
     if cfg.model.bn_groups == 1:
         return forward(apply_fns, target, parts, images)
+    groups = cfg.model.bn_groups
+    size = images.shape[0] // groups
+    if max(groups, size) % min(groups, size) == 0:
+        k, target = forward(apply_fns, target, parts, parallel.deal_rows(images, groups))
+        return parallel.deal_rows(k, groups), target
     order = jax.random.permutation(key, images.shape[0])
     k, target = forward(apply_fns, target, parts, images[order])
     return k[jnp.argsort(order)], target

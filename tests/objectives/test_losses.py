@@ -37,9 +37,9 @@ def network(**parts):
     return {n: part(n) for n in parts}, variables
 
 
-def views(seed=0):
+def views(seed=0, batch=B):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(B, D)).astype(np.float32), rng.normal(size=(B, D)).astype(np.float32)
+    return tuple(rng.normal(size=(batch, D)).astype(np.float32) for _ in range(2))
 
 
 def run(module, cfg, variables, extra, apply_fns, view1, view2, key=0, step=0):
@@ -91,8 +91,9 @@ def info_nce(q, k, queue, temperature):
     return total / len(q)
 
 
-def moco_start(slots=3, **fields):
+def moco_start(slots=3, batch=B, **fields):
     cfg = config("moco", **{"temperature": 0.2, "momentum": 0.9, "queue_batches": slots, **fields})
+    cfg.train.batch_size = batch
     fns, variables = network(encoder=2, projector=1.5)
     return cfg, fns, variables, moco.init_extra(cfg, variables, jax.random.key(3))
 
@@ -140,25 +141,34 @@ def test_moco_key_encoder_follows_by_ema_and_keeps_its_statistics():
     assert after["queue"] is extra["queue"]
 
 
-def test_moco_shuffles_keys_between_groups_and_back():
-    cfg, fns, variables, extra = moco_start()
-    cfg.model.bn_groups = 2
+def grouped_keys(b, order, groups):
+    """Keys [B, D] of an encoder that takes from each group of rows its mean, shuffled by order."""
+    want = np.zeros(b.shape)
+    for rows in np.split(order, groups):
+        want[rows] = b[rows] - b[rows].mean(0)
+    return unit(want)
 
-    def centred(variables, x, train):  # stands for batch norm in two groups
-        return (x.reshape(2, -1, D) - x.reshape(2, -1, D).mean(1, keepdims=True)).reshape(-1, D), {}
+
+@pytest.mark.parametrize("batch, groups", [(4, 2), (6, 3), (8, 4)])
+def test_moco_shuffles_keys_between_groups_and_back(batch, groups):
+    cfg, fns, variables, extra = moco_start(batch=batch)
+    cfg.model.bn_groups = groups
+
+    def centred(variables, x, train):  # stands for batch norm in groups
+        x = x.reshape(groups, -1, D)
+        return (x - x.mean(1, keepdims=True)).reshape(-1, D), {}
 
     fns["encoder"] = centred
-    a, b = views(4)
-    key = next(k for k in range(20) if set(np.asarray(  # moves rows from one half to the other
-        jax.random.permutation(jax.random.key(k), B))[:2]) not in ({0, 1}, {2, 3}))
+    a, b = views(4, batch)
+    straight = grouped_keys(b, np.arange(batch), groups)
+    # 3 groups of 2: a drawn permutation. The others: a row of each of the other groups.
+    orders = {4: [0, 2, 1, 3], 8: [0, 2, 1, 3, 4, 6, 5, 7]}
+    key = 4  # its permutation of 6 moves rows between groups
+    order = np.asarray(orders.get(batch, jax.random.permutation(jax.random.key(key), batch)))
     _, _, (_, new, _) = run(moco, cfg, variables, extra, fns, a, b, key=key)
-    order = np.asarray(jax.random.permutation(jax.random.key(key), B))
-    want = np.zeros((B, D))
-    for half in (order[:2], order[2:]):
-        want[half] = b[half] - b[half].mean(0)
-    np.testing.assert_allclose(new["queue"][0], unit(want), rtol=1e-4, atol=1e-5)
-    straight = np.concatenate([b[:2] - b[:2].mean(0), b[2:] - b[2:].mean(0)])
-    assert np.abs(np.asarray(new["queue"][0]) - unit(straight)).max() > 0.1
+    keys = np.asarray(new["queue"][0])
+    np.testing.assert_allclose(keys, grouped_keys(b, order, groups), rtol=1e-4, atol=1e-5)
+    assert np.abs(keys - straight).max() > 0.1
 
 
 def test_moco_needs_a_queue():
