@@ -29,7 +29,8 @@ AutoAugment's, ours MoCo's of the central square; EDA captions), batches of 1,02
 The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
 --config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
-reference, optimized_patch, random_patch, none), tower=rn50|vit_b32,
+reference, optimized_patch, random_patch, none), tower=rn50|vit_b32|vit_b16|vit_l16 (CLIP's; with
+objective=siglip the vit towers and their texts have SigLIP's published form and size),
 objective=clip|siglip|roclip|safeclip (the last two with lengths for 1 M pairs; configs/common.py),
 in_modality (of clip and siglip), downstream=DATA, seed=N.
 """
@@ -38,13 +39,16 @@ from configs import common
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
            "optimized_patch", "random_patch", "none")
+VIT = dict(name="vit", mlp_ratio=4.0, pool="cls", act="quick_gelu", eps=1e-5, pre_norm=True,
+           patch_bias=False, dtype="bfloat16", bn_groups=1)
 TOWERS = dict(
     rn50=dict(name="clip_resnet", width=64, stages=(3, 4, 6, 3), heads=32, dtype="bfloat16",
               bn_groups=1),
-    vit_b32=dict(name="vit", width=768, layers=12, heads=12, patch=32, mlp_ratio=4.0, pool="cls",
-                 act="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False, dtype="bfloat16",
-                 bn_groups=1))
-DIMS = dict(rn50=1024, vit_b32=512)  # of the shared space
+    vit_b32={**VIT, "width": 768, "layers": 12, "heads": 12, "patch": 32},
+    vit_b16={**VIT, "width": 768, "layers": 12, "heads": 12, "patch": 16},
+    vit_l16={**VIT, "width": 1024, "layers": 24, "heads": 16, "patch": 16})
+DIMS = dict(rn50=1024, vit_b32=512, vit_b16=512, vit_l16=768)  # of the shared space
+TEXTS = dict(rn50={}, vit_b32={}, vit_b16={}, vit_l16=dict(width=768, heads=12))
 LABELLED = ("zero_shot", "linear_probe")  # probes of the downstream data
 
 
@@ -56,6 +60,11 @@ def get_config(arg=""):
     if both and defends:
         raise ValueError("argument in_modality after the colon of --config is for objectives clip "
                          f"and siglip, and objective is {a['objective']!r}")
+    tower = common.choose("tower", a["tower"], TOWERS)
+    text, dim, published = TEXTS[a["tower"]], DIMS[a["tower"]], {}
+    if tower["name"] == "vit" and a["objective"] == "siglip":  # texts as large as the image tower
+        text = dict(context=64, vocab=32_000, **{k: tower[k] for k in ("width", "layers", "heads")})
+        dim, published = tower["width"], common.SIGLIP
     term = {} if defends else {"in_modality": 1.0 if both else 0.0}
     cfg = common.config(
         seed=a["seed"], downstream=a["downstream"],
@@ -69,10 +78,10 @@ def get_config(arg=""):
         augment=dict(view1=dict(common.PLAIN_VIEW),
                      view2=common.second_view(a["objective"], common.MOCO_VIEW),
                      interpolation="bicubic"),
-        model=dict(common.choose("tower", a["tower"], TOWERS)),
-        text={**common.TEXT, "end": 1, "dtype": "bfloat16"},
+        model={**tower, **published.get("model", {})},
+        text={**common.TEXT, "end": 1, "dtype": "bfloat16", **text, **published.get("text", {})},
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": DIMS[a["tower"]], **term},
+                   "dim": dim, **published.get("objective", {}), **term},
         optim={**common.ADAMW, "lr": 1e-3 if both else 5e-4, "warmup_steps": 10_000},
         evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
                            fraction=0.1),

@@ -36,10 +36,6 @@ TOWERS = dict(
     clip_resnet=dict(name="clip_resnet", width=16, stages=(1, 1), heads=2, dtype="float32",
                      bn_groups=1))
 LR = dict(small_resnet=4e-3, vit=1e-3, clip_resnet=4e-3)
-# SigLIP as published (Zhai et al. 2023): attention pooling, texts that see both ways.
-SIGLIP = dict(model=dict(pool="map", act="gelu_tanh", eps=1e-6, pre_norm=False, patch_bias=True),
-              text=dict(causal=False, pool="last", act="gelu_tanh", eps=1e-6),
-              objective=dict(image_projection=False, text_bias=True))
 MEASURED_BY = dict(targeted=("targeted",), mismatched=("mismatch",))
 
 
@@ -62,7 +58,7 @@ def get_config(arg=""):
                          f"badnets with a fixed pattern, not of "
                          f"{'fresh' if a['fresh'] else attack}")
     tower = common.choose("tower", a["tower"], TOWERS)
-    published = SIGLIP if (a["tower"], a["objective"]) == ("vit", "siglip") else {}
+    published = common.SIGLIP if (a["tower"], a["objective"]) == ("vit", "siglip") else {}
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
     if attack in WITHOUT_TRIGGER:
         poisons = WITHOUT_TRIGGER[attack][a["low_rate"]]

@@ -64,6 +64,10 @@ PAIR_OBJECTIVES = dict(
     safeclip=dict(name="safeclip", dim=512, image_projection=True, scale_init=LN_1_BY_07,
                   queue_batches=2, uni_steps=39_060, cross_steps=7812, cross_rate=0.01,
                   epoch_steps=0, safe_from=0.9, grow=0.01, top=0.85))
+# SigLIP as published (Zhai et al. 2023): attention pooling, texts that see both ways.
+SIGLIP = dict(model=dict(pool="map", act="gelu_tanh", eps=1e-6, pre_norm=False, patch_bias=True),
+              text=dict(causal=False, pool="last", act="gelu_tanh", eps=1e-6),
+              objective=dict(image_projection=False, text_bias=True))
 TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
 
 
