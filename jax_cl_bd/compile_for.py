@@ -2,8 +2,9 @@
 
 Compiles a config's training step for TPUs that are not there (extra `tpu`), and says whether it
 fits, what every device computes, reads and sends, and how long a step would then take. The exit
-status is 1 if it does not fit. Nothing is measured: `predicted` is max(FLOPs / peak, bytes / memory bandwidth) + sent bytes / link bandwidth,
-without overlap (docs/scaling.md). No data are read: --rows says how many there would be.
+status is 1 if it does not fit. Nothing is measured: `predicted` is max(FLOPs / peak, bytes /
+memory bandwidth) + sent bytes / link bandwidth, without overlap (docs/scaling.md). No data are
+read: --rows says how many there would be.
 """
 
 import json
