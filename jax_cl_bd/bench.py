@@ -76,16 +76,16 @@ def _texts(cfg, source):
         return texts.load(cfg, epath.Path(folder), source)
 
 
-def _alternate(first, second, seconds: float, look_every: int,
-               rounds: int = 5) -> tuple[float, float]:
-    """Calls per second of two functions, timed in turns; the median round of each.
+def alternate(calls: list, seconds: float, look_every: int, rounds: int = 5) -> list[float]:
+    """Calls per second of several functions, timed in turns; the median round of each.
 
     As in the training loop the results are waited for every `look_every` calls; the host works
-    ahead in between.
+    ahead in between. Each function gives something that has to be waited for: arrays, or an object
+    with `block_until_ready`.
     """
-    rates = ([], [])
+    rates = [[] for _ in calls]
     for _ in range(rounds):
-        for call, found in zip((first, second), rates):
+        for call, found in zip(calls, rates):
             count, begun = 0, time.perf_counter()
             while time.perf_counter() - begun < seconds / rounds:
                 for _ in range(look_every):
@@ -93,11 +93,15 @@ def _alternate(first, second, seconds: float, look_every: int,
                 jax.block_until_ready(result)
                 count += look_every
             found.append(count / (time.perf_counter() - begun))
-    return tuple(sorted(found)[rounds // 2] for found in rates)
+    return [sorted(found)[rounds // 2] for found in rates]
 
 
-def step(cfg) -> dict:
+def step(cfg, peer=None) -> dict:
     """Images per second of the whole training step, of the bare model step, and their ratio.
+
+    `peer`, if given, makes of the config, fixed views and the number of trained parameters the step
+    of a rival, which is timed in turns with ours: "peer_images_per_second", "ratio_to_peer" (of the
+    bare steps).
 
     An image counts once, though each gives two views. Both are sustained rates, with results
     looked at every train.log_every steps. With train.steps_per_dispatch k > 1 both sides scan k
@@ -128,17 +132,23 @@ def step(cfg) -> dict:
             box["bare"], metrics = bare_fn(box["bare"], views, key)
             return metrics
 
+        calls = [whole, bare]
+        if peer is not None:
+            calls.append(peer(cfg, jax.device_get(views),
+                              sum(x.size for x in jax.tree.leaves(state.params))))
         for _ in range(2):
-            jax.block_until_ready((whole(), bare()))
+            jax.block_until_ready([call() for call in calls])
         before = len(compiled)
-        whole_rate, bare_rate = _alternate(whole, bare, SECONDS.value,
-                                           cfg.train.log_every // dispatch)
+        rates = alternate(calls, SECONDS.value, cfg.train.log_every // dispatch)
         batches.close()
     size = cfg.train.batch_size * dispatch
-    return {"images_per_second": whole_rate * size, "bare_images_per_second": bare_rate * size,
-            "ratio": whole_rate / bare_rate, "batch_size": cfg.train.batch_size,
-            "steps_per_dispatch": dispatch,
-            "compiles_after_warm_up": len(compiled) - before}
+    found = {"images_per_second": rates[0] * size, "bare_images_per_second": rates[1] * size,
+             "ratio": rates[0] / rates[1], "batch_size": cfg.train.batch_size,
+             "steps_per_dispatch": dispatch, "compiles_after_warm_up": len(compiled) - before}
+    if peer is not None:
+        found |= {"peer_images_per_second": rates[2] * cfg.train.batch_size,
+                  "ratio_to_peer": rates[1] * dispatch / rates[2]}
+    return found
 
 
 def _put_next(mesh, batches, count: int):

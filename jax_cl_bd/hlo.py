@@ -1,6 +1,6 @@
 """What a compiled program says it does: its collectives and their bytes, read from its HLO text.
 
-Loops count as often as they run, where the compiler knows how often. The bytes of a collective are
+Loops count as often as they run, where that can be read. The bytes of a collective are
 those that each device sends in a ring, with R the bytes of its result on one device and n devices
 in a group: all-gather R (n - 1) / n, all-reduce 2 R (n - 1) / n, reduce-scatter R (n - 1),
 all-to-all R (n - 1) / n, collective-permute R.
@@ -23,6 +23,9 @@ _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|async_execution_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .*compare\(\S+, %?([\w.\-]+)\), direction=LT")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -55,8 +58,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
     runs[entry] = 1
     for name in _in_order(computations, entry):
         for line in computations[name]:
-            trips = _TRIPS.search(line)
-            inside = int(trips[1]) if trips and " while(" in line else 1
+            inside = _trips(line, computations) if " while(" in line else 1
             for called in _called(line):
                 if called in runs:
                     runs[called] += runs[name] * inside
@@ -83,6 +85,18 @@ def _goes_on(name, lines):
         return any(f'custom_call_target="{target}"' in line for line in lines)
     return has("AsyncCollectiveDone") or (name.startswith("async_collective_fusion")
                                           and not has("AsyncCollectiveStart"))
+
+
+def _trips(line, computations):
+    """How often a loop runs: as the compiler says, else up to what its condition compares with, as
+    of a scan, which counts from 0; 1 if neither is known."""
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    condition = "\n".join(computations.get(_CONDITION.search(line)[1], []))
+    compared = _BELOW.search(condition)
+    constants = dict(_CONSTANT.findall(condition))
+    return int(constants.get(compared[1], 1)) if compared else 1
 
 
 def _called(line):

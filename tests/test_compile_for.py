@@ -22,6 +22,16 @@ TEXT = '''HloModule jit_f
 source_target_pairs={{0,1},{1,0}}
 }
 
+%below (q: (s32[], f32[2])) -> pred[] {
+  %number.7 = s32[]{:T(128)} constant(5), metadata={op_name="while"}
+  %at = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt.3 = pred[]{:T(512)} compare(%at, %number.7), direction=LT
+}
+
+%scanned (q: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %step = f32[2]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
+}
+
 %all-reduce-scatter (input: bf16[512,256]) -> bf16[128,256] {
   %all-reduce.4 = bf16[512,256]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=7, \
 replica_groups={{0,1,2,3}}, to_apply=%add
@@ -45,6 +55,7 @@ custom_call_target="AsyncCollectiveStart"
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %while.1 = (s32[], f32[4,8]{1,0}) while(%t), condition=%cond, body=%wide.body, \
 backend_config={"known_trip_count":{"n":"7"},"known_init_step":{"init":"0","step":"1"}}
+  %while.2 = (s32[], f32[2]{0}) while(%u), condition=%below, body=%scanned
   %fusion = bf16[128,256]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
   %ag = (f32[4,8]{1,0}, f32[16,8]{1,0:T(8,128)}) all-gather-start(%a), \
 replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/dot_general"}
@@ -64,9 +75,10 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
 
 def test_collectives_of_a_program():
     found = {c.name: c for c in hlo.collectives(TEXT, 8)}
-    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r", "spread.1"]
+    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r", "spread.1", "step"]
     hop, scatter, gather, reduce = (found[n] for n in ("hop", "all-reduce.4", "ag", "r"))
     assert (hop.kind, hop.times, hop.sent_bytes) == ("collective-permute", 7, 7 * 4 * 8 * 4)
+    assert (found["step"].times, found["step"].sent_bytes) == (5, 5 * 2 * 4)
     assert (scatter.kind, scatter.group) == ("reduce-scatter", 4)
     assert scatter.sent_bytes == 512 * 256 * 2 * 3 / 4
     assert (gather.kind, gather.group, gather.result_bytes) == ("all-gather", 4, 16 * 8 * 4)
