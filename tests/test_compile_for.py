@@ -62,6 +62,8 @@ replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/dot_general
   %s1 = (f32[1,8], f32[8,8]) fusion(%b), kind=kCustom, calls=%fused.1
   %s2 = (f32[1,8], f32[8,8]) fusion(%b, %s1), kind=kCustom, calls=%async_collective_fusion.2
   %s3 = f32[8,8] fusion(%b, %s2), kind=kCustom, calls=%fused.3
+  %within = f32[8,8]{1,0} all-gather(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4], \
+device_ids=([4,2]T(1,0)) {'axis_0'}, dimensions={0}
   %done = f32[16,8]{1,0} all-gather-done(%ag)
   ROOT %r = f32[4,8]{1,0} all-reduce(%a), \
 replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
@@ -75,10 +77,12 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
 
 def test_collectives_of_a_program():
     found = {c.name: c for c in hlo.collectives(TEXT, 8)}
-    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r", "spread.1", "step"]
+    assert sorted(found) == ["ag", "all-reduce.4", "hop", "r", "spread.1", "step",
+                             "within"]
     hop, scatter, gather, reduce = (found[n] for n in ("hop", "all-reduce.4", "ag", "r"))
     assert (hop.kind, hop.times, hop.sent_bytes) == ("collective-permute", 7, 7 * 4 * 8 * 4)
     assert (found["step"].times, found["step"].sent_bytes) == (5, 5 * 2 * 4)
+    assert found["within"].group == 2
     assert (scatter.kind, scatter.group) == ("reduce-scatter", 4)
     assert scatter.sent_bytes == 512 * 256 * 2 * 3 / 4
     assert (gather.kind, gather.group, gather.result_bytes) == ("all-gather", 4, 16 * 8 * 4)
