@@ -19,7 +19,7 @@ from etils import epath
 from jax import monitoring
 from ml_collections import config_flags
 
-from jax_cl_bd import host_memory, optim, parallel, poison, pretrain
+from jax_cl_bd import errors, host_memory, optim, parallel, poison, pretrain
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
@@ -264,8 +264,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.end(main, sys.argv)

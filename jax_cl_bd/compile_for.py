@@ -15,6 +15,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
+from jax_cl_bd import errors
 from jax_cl_bd.errors import UserError, unknown
 
 FLAGS = flags.FlagValues()  # of its own, since other programs have a --config too
@@ -211,8 +212,8 @@ def text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, compiles, prints."""
+def main(argv: list[str]) -> int:
+    """Reads the flags, compiles, prints; 1 if it does not fit."""
     try:
         FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
@@ -224,15 +225,11 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; there is no TPU to open
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for this process
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a host that knows of one
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     found = compile_for(CONFIG.value, TOPOLOGY.value, ROWS.value)
     print(json.dumps(found) if JSON.value else text(found))
-    if not found["fits"]:
-        sys.exit(1)
+    return int(not found["fits"])
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.end(main, sys.argv)

@@ -1,7 +1,8 @@
 """What the user got wrong, said in one line."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -14,3 +15,12 @@ def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(options)})")
+
+
+def end(run: Callable[[list[str]], int | None], argv: list[str]) -> None:
+    """Ends the process with the exit status of a small program, 2 and one line for bad input."""
+    try:
+        sys.exit(run(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

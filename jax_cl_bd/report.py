@@ -12,6 +12,7 @@ from pathlib import PurePath
 import ml_collections
 from etils import epath
 
+from jax_cl_bd import errors
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import fronts, html, many_runs, one_run, read
 
@@ -82,8 +83,4 @@ def _command() -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.end(main, sys.argv[1:])

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from jax_cl_bd import run_folder
+from jax_cl_bd import errors, run_folder
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.reporting import read, words
 
@@ -201,8 +201,4 @@ def _plain(row):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.end(main, sys.argv[1:])

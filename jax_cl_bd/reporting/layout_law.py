@@ -14,7 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from scipy import stats
 
-from jax_cl_bd import run_folder
+from jax_cl_bd import errors, run_folder
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import groups, pairs
@@ -145,8 +145,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.end(main, sys.argv[1:])
