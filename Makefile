@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
 TESTS := JAX_PLATFORMS=cpu $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-test test test-all test-parity drill lint bench clean
+.PHONY: help quickstart install install-test test test-all test-parity drill lint bench bench-torch bench-gpu clean
 
 help:
 	@echo "make quickstart   install into $(VENV), run configs/quickstart.py into runs/quickstart"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-parity  the tests against PyTorch and transformers (installs them)"
 	@echo "make drill        kill -9 at random moments, KILLS=100 of them; resumed to the same bits"
 	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
+	@echo "make bench-torch  our step against PyTorch's on this CPU (installs PyTorch)"
+	@echo "make bench-gpu    the same on a GPU, and PyTorch with CPU augmentation; under 10 minutes"
 	@echo "make lint         ruff"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=/path/to/python3.12 chooses the Python of $(VENV)"
@@ -46,6 +48,12 @@ lint: $(VENV)/.installed-lint
 bench: install
 	for name in step feed augment layout; do \
 		echo "$$name"; $(RUN) -m jax_cl_bd.bench $$name || exit 1; done
+
+bench-torch: install $(VENV)/.installed-peers
+	JAX_PLATFORMS=cpu $(RUN) -m tests.bench_torch
+
+bench-gpu: install $(VENV)/.installed-gpu $(VENV)/.installed-peers
+	$(RUN) -m tests.bench_torch --gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
