@@ -50,11 +50,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_axes(mesh) -> tuple[str, ...]:
-    """The axes of a mesh that rows are cut over; none of the empty mesh, which is no mesh at all.
+    """The axes of a mesh that rows are cut over; none of the empty mesh, which is no mesh at all,
+    and none where a device already works on its own (inside jax.shard_map).
 
     `jax.sharding.get_abstract_mesh()` gives the mesh of `jax.set_mesh`, inside jit too.
     """
-    return tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    return tuple(name for name in ("data", "fsdp")
+                 if kinds.get(name, AxisType.Manual) != AxisType.Manual)
 
 
 def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -25,6 +25,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.sharding import PartitionSpec
 
 from jax_cl_bd import __main__ as command
 from jax_cl_bd import (
@@ -233,8 +234,15 @@ def step_of(cfg, steps: int, per_epoch: list[int]) -> tuple[Callable, Callable]:
             state, data, batch)
 
     def step(state, data, batch):
-        axes = ({"clean": None, "poison": 0, "pair": 0}, {"index": 0})
-        new, values = jax.vmap(one, in_axes=(0, *axes, 0))(state, data, batch, lengths)
+        data_axes = {"clean": None, "poison": 0, "pair": 0}
+        members = jax.vmap(one, in_axes=(0, data_axes, 0, 0))
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size > 1:  # a device trains its own members and asks no other
+            own, whole = PartitionSpec(parallel.row_axes(mesh)), PartitionSpec()
+            shares = {name: whole if axis is None else own for name, axis in data_axes.items()}
+            members = jax.shard_map(members, in_specs=(own, shares, own, own), out_specs=own,
+                                    check_vma=False)
+        new, values = members(state, data, batch, lengths)
         own = {f"{i}/{name}": v[i] for name, v in values.items() for i in range(len(per_epoch))}
         return new, own | {"loss": values["loss"].mean()}
 

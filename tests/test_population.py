@@ -69,13 +69,13 @@ def test_a_member_goes_on_as_an_ordinary_run(trained, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment, vary", [
-    (quickstart.get_config("debug,defense=none,objective=moco"), "attack.poisons=0,8"),
-    (quickstart.get_config("debug,defense=none,objective=byol"), "seed=0,1"),
-    (clip_scenes.get_config("badnets,debug"), "attack.poisons=4,8")])
-def test_members_of_other_objectives_and_attacks(experiment, vary, tmp_path, monkeypatch):
+@pytest.mark.parametrize("experiment, vary, devices", [
+    (quickstart.get_config("debug,defense=none,objective=moco"), "attack.poisons=0,8", 2),
+    (quickstart.get_config("debug,defense=none,objective=byol"), "seed=0,1", 1),
+    (clip_scenes.get_config("badnets,debug"), "attack.poisons=4,8", 1)])
+def test_members_of_other_objectives_and_attacks(experiment, vary, devices, tmp_path, monkeypatch):
     """Queues, moving averages, tokens, rows that are replaced, no poisons; a kill on the way."""
-    experiment.train.steps, experiment.mesh.data = 4, 1
+    experiment.train.steps, experiment.mesh.data = 4, devices
     folder, left, leave = epath.Path(tmp_path / "all"), [], population._leave
     members = population.configs(experiment.lock(), [vary])
 

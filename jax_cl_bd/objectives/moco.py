@@ -26,9 +26,12 @@ goes from the initial weights to themselves. Running statistics are not averaged
 encoder's batch norm keeps its own, from its own passes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jax_cl_bd import parallel
 from jax_cl_bd.errors import UserError
@@ -64,15 +67,43 @@ def loss(cfg, variables, extra, batch, apply_fns, key, step):
     q, variables = forward(apply_fns, variables, parts, batch["view1"])
     k, target = _keys(cfg, extra["target"], batch["view2"], apply_fns, parts, key)
     q, k = normalise(q), jax.lax.stop_gradient(normalise(k))  # [B, D]
-    positive = (q * k).sum(-1, keepdims=True)
-    negative = jnp.einsum("bd,snd->bsn", q, extra["queue"], precision=EXACT)
-    logits = jnp.concatenate([positive, negative.reshape(len(q), -1)], 1)
-    logits = logits / cfg.objective.temperature  # [B, 1 + K]
-    value = (jax.nn.logsumexp(logits, axis=1) - logits[:, 0]).mean()
+    positive = (q * k).sum(-1) / cfg.objective.temperature
+    others, highest = _negatives(q, extra["queue"], cfg.objective.temperature)
+    value = (jnp.logaddexp(positive, others) - positive).mean()
     slot = step % extra["queue"].shape[0]
     queue = jax.lax.dynamic_update_index_in_dim(extra["queue"], k, slot, axis=0)
-    metrics = {"pretext_accuracy": (logits.argmax(1) == 0).mean()}
+    metrics = {"pretext_accuracy": (positive >= highest).mean()}
     return value, (variables["batch_stats"], {"target": target, "queue": queue}, metrics)
+
+
+def _negatives(q, queue, temperature):
+    """Of the logits of queries [B, D] against the queue [S, B, D], of each query: the logarithm of
+    the sum of their exponentials, and the highest, a constant.
+
+    Where several devices cut the queue, each takes all queries to its own keys: what is sent is the
+    size of the queries, not of the queue.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = parallel.row_axes(mesh)
+
+    def one(q, queue, axes=axes):
+        n = len(q)
+        q = jax.lax.all_gather(q, axes, tiled=True) if axes else q
+        logits = jnp.einsum("bd,snd->bsn", q, queue, precision=EXACT) / temperature
+        highest = jax.lax.stop_gradient(logits.max((1, 2)))
+        highest = jax.lax.pmax(highest, axes) if axes else highest
+        total = jnp.exp(logits - highest[:, None, None]).sum((1, 2))
+        if not axes:
+            return jnp.log(total) + highest, highest
+        total = jax.lax.psum_scatter(total, axes, tiled=True)
+        highest = jax.lax.dynamic_slice_in_dim(highest, jax.lax.axis_index(axes) * n, n)
+        return jnp.log(total) + highest, highest
+
+    devices = math.prod(mesh.shape[name] for name in axes)
+    if devices == 1 or queue.shape[1] % devices:
+        return one(q, queue, axes=())
+    rows = PartitionSpec(axes)
+    return jax.shard_map(one, in_specs=(rows, PartitionSpec(None, axes)), out_specs=rows)(q, queue)
 
 
 def after_update(cfg, variables, extra, step, total_steps):

@@ -62,10 +62,9 @@ def test_eight_devices_equal_one(name, bn_groups):
     if name == "moco":  # as the training state lays it out
         state[1]["queue"] = jax.device_put(extra["queue"], NamedSharding(
             mesh, PartitionSpec(None, "data")))
-    # One jit for both, so that their only difference is where the arrays lie.
-    step = jax.jit(step)
-    one = step(variables, extra, batch)
-    eight = step(*state, spread)
+    one = jax.jit(step)(variables, extra, batch)
+    with jax.set_mesh(mesh):  # as training does
+        eight = jax.jit(step)(*state, spread)
     assert jax.tree.structure(one["stats"]) == jax.tree.structure(variables["batch_stats"])
     assert jax.tree.structure(one["extra"]) == jax.tree.structure(extra)
     assert len(one["loss"].sharding.device_set) == 1 and len(eight["loss"].sharding.device_set) == 8
