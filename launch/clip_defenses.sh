@@ -2,30 +2,33 @@
 # Repairs of image-text victims on scenes: victims, the oracle-guided repair, its baselines, and its
 # stated limits. Stop it and start it again at will: what is complete is skipped.
 # Usage: [DRY_RUN=1] [ATTACKS="badnets optimized_patch"] [SEEDS="0 1 2 3 4"] [SHARES="4 1 low"] \
-#   bash launch/clip_defenses.sh FOLDER [victims|repair|baselines|limits] [--config.key=value ...]
-# Without a part all four are run, in this order; each needs the victims.
+#   bash launch/clip_defenses.sh FOLDER [victims|repair|baselines|limits|cleaning|cifar10] \
+#   [--config.key=value ...]
+# Without a part all are run, in this order; all but cifar10 need the victims.
 # Shares: 4 % of 8,000 pairs (320 poisons), 1 % (80), low: 0.4 % of 100,000 (400). Optimised patches
 # have seeds 0 to 2. Seed 0 has all rates of a repair, the others RATES, "(0.001,0.003)".
 # Every encoder is also measured on the shifted split. A defense has a folder of its own, since a
 # folder holds one of each name; limits that need no attack: the controls are clean models, and so
 # are none_5 to none_9, so that false alarms can be counted over ten of them. Controls are defended
-# by the repair with the labels as oracle alone.
+# by the repair with the labels as oracle alone. `cleaning`: each cleaning loss on badnets victims
+# pretrained without and with the in-modality term, and pretraining that defends itself, seeds 0 to
+# 2. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
 set -eu
 folder=${1:?folder for the runs}
 shift
 part=all
 case ${1:-} in
-  victims|repair|baselines|limits) part=$1; shift ;;
+  victims|repair|baselines|limits|cleaning|cifar10) part=$1; shift ;;
   ""|--*) ;;
-  *) echo "unknown part $1; one of victims, repair, baselines, limits" >&2; exit 2 ;;
+  *) echo "unknown part $1; one of victims, repair, baselines, limits, cleaning, cifar10" >&2; exit 2 ;;
 esac
-flags=(--config.evals.other_test_split=shifted "$@")
+file=configs/clip_scenes.py: flags=(--config.evals.other_test_split=shifted "$@")
 rates=${RATES:-(0.001,0.003)}
 
 run() {  # run NAME ARGUMENTS [FLAGS...]
   local name=$1 arguments=$2 command
   shift 2
-  command=(python -m jax_cl_bd "--config=configs/clip_scenes.py:$arguments"
+  command=(python -m jax_cl_bd "--config=$file$arguments"
            "--workdir=$folder/$name" "$@" "${flags[@]}")
   printf '%q ' "${command[@]}"; echo
   [ -n "${DRY_RUN:-}" ] || "${command[@]}"
@@ -33,7 +36,7 @@ run() {  # run NAME ARGUMENTS [FLAGS...]
 control() {  # control VICTIM: sets `control`, whose clean twin a victim is measured against
   control=()
   case $1 in
-    badnets_4_*|badnets_low_*|none_*) ;;  # their own
+    badnets_4_*|badnets_low_*|none_*|cifar10_*|in_modality_*) ;;  # their own, or none
     *_low_*) control=("--config.control_from=$folder/badnets_low_${1##*_}") ;;
     *) control=("--config.control_from=$folder/badnets_4_${1##*_}") ;;
   esac
@@ -135,7 +138,35 @@ all_limits() {
   done
 }
 
+# Not timed. CLIP loss alone, the in-modality term alone; both (clean_clip) and PAR are baselines.
+all_cleaning() {
+  local seed name kind
+  for seed in ${SEEDS:-0 1 2}; do
+    run "in_modality_4_$seed" "badnets,seed=$seed" --config.objective.in_modality=1.0 \
+      --config.data.text_augment=eda --config.control=False
+    for name in "badnets_4_$seed" "in_modality_4_$seed"; do
+      swept "$name" clip_only defense=clean_clip --config.defense.in_modality=0.0 \
+        --config.control=False
+      swept "$name" in_modality_only defense=clean_clip --config.defense.cross_modal=False \
+        --config.control=False
+    done
+    swept "in_modality_4_$seed" clean_clip defense=clean_clip --config.control=False
+    swept "in_modality_4_$seed" par defense=par --config.control=False
+    for kind in roclip safeclip; do
+      run "${kind}_4_$seed" "badnets,objective=$kind,seed=$seed" --config.control=False
+    done
+  done
+}
+all_cifar10() {  # a victim and its control took 20 minutes on one core
+  local file=configs/clip_cifar10.py:reduced, flags=("${flags[@]:1}")
+  run cifar10_4_0 badnets,seed=0
+  one_repair cifar10_4_0
+  one_baseline cifar10_4_0
+}
+
 case $part in all|victims) each one_victim ;; esac
 case $part in all|repair) each one_repair ;; esac
 case $part in all|baselines) each one_baseline ;; esac
 case $part in all|limits) all_limits ;; esac
+case $part in all|cleaning) all_cleaning ;; esac
+case $part in all|cifar10) all_cifar10 ;; esac
