@@ -46,7 +46,7 @@ def test_dry_run_prints_commands_that_parse(script):
 
 def test_every_script_is_tested():
     assert {path.name for path in (ROOT / "launch").glob("*.sh")} == (
-        set(COUNTS) | LAUNCHERS | {"env.sh"})  # which the others source
+        set(COUNTS) | LAUNCHERS | {"clip_detection.sh", "env.sh"})  # which the others source
 
 
 @pytest.mark.parametrize("script", sorted(COUNTS))
@@ -96,6 +96,24 @@ def test_the_parts_of_the_defenses_make_the_whole():
     assert all("--config.attack.poisons=80" in words for words in poisons) and len(poisons) == 8
     clean = [words for words in whole if "/none_" in words[4] and "-" not in words[4][2:]]
     assert len({f for f in folders if "/badnets_4_" in f and "-" not in f[2:]}) + len(clean) >= 10
+
+
+def test_detection_judges_other_encoders_than_those_that_set_the_threshold():
+    rows = commands("clip_detection.sh", "runs/y", "rows")
+    *encoders, last = commands("clip_detection.sh", "runs/y", "encoders")
+    assert commands("clip_detection.sh", "runs/y") == [*rows, *encoders, last]
+    assert len(rows) == 36 and len(encoders) == 30
+    made = [(config_of(words), words[4].removeprefix("--workdir=")) for words in encoders]
+    assert all(cfg.defense.name == "decree" for cfg, _ in made)
+    judged, calibrating = made[:20], made[20:]
+    assert len({cfg.seed for cfg, _ in made}) == 30
+    assert len({cfg.attack.target for cfg, _ in judged}) == 12
+    assert len({cfg.attack.trigger.name + cfg.attack.name for cfg, _ in judged}) == 3
+    assert last == ["python", "-m", "jax_cl_bd.reporting.detection",
+                    *(folder for _, folder in judged), "--calibrate",
+                    *(folder for _, folder in calibrating), "--out=runs/y/decree"]
+    for words in rows:
+        assert config_of(words).defense.name in ("density", "cosine_filter", "bdetclip")
 
 
 def test_an_unknown_part_is_refused():

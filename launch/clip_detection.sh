@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Detection on scenes: poisoned rows of victims at three rates, and backdoored encoders by DECREE.
+# Stop it and start it again at will: what is complete is skipped.
+# Usage: [DRY_RUN=1] [NUMBERS="10 11 ..."] bash launch/clip_detection.sh VICTIMS FOLDER \
+#   [rows|encoders] [--config.key=value ...]
+# VICTIMS: the folder of `launch/clip_defenses.sh VICTIMS victims` and its clean models none_5 to
+# none_9 (part limits). Without a part both are run.
+# rows: density detectors for several reference batches and k, so that from less than one to 80
+# poisons are expected in a batch; cosine filtering by the suspect and by the clean twin of another
+# seed; BDetCLIP. encoders: 20 victims and their 20 clean twins, seeds 10 to 29, targets and triggers
+# varied; thresholds come from ten other clean encoders, at last python -m
+# jax_cl_bd.reporting.detection says how well they are told apart.
+set -eu
+victims=${1:?folder of the victims} folder=${2:?folder for the runs}
+shift 2
+part=all
+case ${1:-} in
+  rows|encoders) part=$1; shift ;;
+  ""|--*) ;;
+  *) echo "unknown part $1; one of rows, encoders" >&2; exit 2 ;;
+esac
+flags=("$@")
+
+run() {  # run FOLDER ARGUMENTS [FLAGS...]
+  local command
+  command=(python -m jax_cl_bd "--config=configs/clip_scenes.py:$2" "--workdir=$1" "${@:3}"
+           "${flags[@]}")
+  printf '%q ' "${command[@]}"; echo
+  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+}
+detect() {  # detect VICTIM NAME DEFENSE [FLAGS...]
+  local control=()
+  case $1 in
+    badnets_4_*|badnets_low_*|none_*) ;;  # their own
+    *_low_*) control=("--config.control_from=$victims/badnets_low_${1##*_}") ;;
+    *) control=("--config.control_from=$victims/badnets_4_${1##*_}") ;;
+  esac
+  run "$folder/$1-$2" "defense=$3" --config.control=False "${control[@]}" "${@:4}" \
+    "--config.victim=$victims/$1" --stages=defend,report
+}
+all_rows() {
+  local victim batch k
+  for victim in badnets_4_0 badnets_1_0 badnets_low_0 optimized_patch_4_0; do
+    for batch in 128 512 2048; do
+      for k in 16 64; do
+        detect "$victim" "density_${batch}_$k" density "--config.defense.batch=$batch" \
+          "--config.defense.k=$k"
+      done
+    done
+    detect "$victim" cosine cosine_filter
+    detect "$victim" cosine_clean cosine_filter \
+      "--config.defense.scorer=$victims/badnets_4_1/control"
+    detect "$victim" bdetclip bdetclip
+  done
+}
+all_encoders() {  # a victim with its twin 8 core-minutes, DECREE on both not timed
+  local number attack seed judged=() calibrate=()
+  for number in ${NUMBERS:-10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29}; do
+    case $((number % 5)) in
+      3) attack=optimized_patch ;;
+      4) attack=blended ;;
+      *) attack=badnets ;;
+    esac
+    run "$folder/encoder_$number" "$attack,target=$((number % 12)),seed=$number,defense=decree" \
+      "--config.evals.probes=('zero_shot',)" --config.train.eval_every=0
+    judged+=("$folder/encoder_$number")
+  done
+  # In the folders of the victims, whose excess is known there; only clean encoders calibrate.
+  for seed in 0 1 2 3 4; do
+    run "$victims/badnets_4_$seed" "badnets,seed=$seed,defense=decree" \
+      --config.evals.other_test_split=shifted
+    calibrate+=("$victims/badnets_4_$seed")
+  done
+  for seed in 5 6 7 8 9; do
+    run "$victims/none_$seed" "none,seed=$seed,defense=decree" \
+      --config.evals.other_test_split=shifted
+    calibrate+=("$victims/none_$seed")
+  done
+  local command=(python -m jax_cl_bd.reporting.detection "${judged[@]}" --calibrate
+                 "${calibrate[@]}" "--out=$folder/decree")
+  printf '%q ' "${command[@]}"; echo
+  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+}
+
+case $part in all|rows) all_rows ;; esac
+case $part in all|encoders) all_encoders ;; esac
