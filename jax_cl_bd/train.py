@@ -128,9 +128,8 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 unread.append((step, values))
                 progress.update(count)
                 due = {what: step == steps or (every and step % every < count)
-                       for what, every in (("log", cfg_train.log_every),
-                                           ("save", cfg_train.save_every),
-                                           ("eval", cfg_train.eval_every))}
+                       for what in ("log", "save", "eval")
+                       for every in (cfg_train[f"{what}_every"],)}
                 # Several processes must save at one step, and ask each other only now and then.
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:
@@ -143,22 +142,31 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                         and not interrupted):  # who sent a signal may not wait that long
                     writer.write(step, evaluate(state))
                 if due["save"] or interrupted:
-                    if not jax.device_get(_finite(state)):
-                        raise NonFinite(_no_number(label, f"the state after step {step} is not "
-                                                   "finite", folder, saved))
-                    checkpoint.save(manager, step, state)
-                    saved = step
+                    saved = _save(manager, step, state, label, folder, saved)
                 if due["log"]:
                     watch.reset(step)
                 if interrupted or (alone and stop and step == steps):
-                    number = stop[0] if stop else signal.SIGTERM  # another process's
-                    if writes:
-                        print(f"{label}: stopped by {number.name} at step {step}, which is saved; "
-                              "the same command goes on from there", flush=True)
-                    raise Interrupted(128 + number.value)
+                    _end(stop, label, step, writes)
         if writes:
             print(watch, flush=True)
     return state
+
+
+def _save(manager, step, state, label, folder, saved) -> int:
+    """Saves a state that is finite; gives its step."""
+    if not jax.device_get(_finite(state)):
+        raise NonFinite(_no_number(label, f"the state after step {step} is not finite", folder,
+                                   saved))
+    checkpoint.save(manager, step, state)
+    return step
+
+
+def _end(stop, label, step, writes):
+    number = stop[0] if stop else signal.SIGTERM  # another process's
+    if writes:
+        print(f"{label}: stopped by {number.name} at step {step}, which is saved; the same command "
+              "goes on from there", flush=True)
+    raise Interrupted(128 + number.value)
 
 
 def _dispatches(batches: Iterator, start: int, steps: int, dispatch: int):
