@@ -48,8 +48,9 @@ def prepare(name, bn_groups):
     return init(jax.random.key(0)), step
 
 
-@pytest.mark.parametrize("bn_groups", [1, 8])
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name, bn_groups", [
+    ("simclr", 1), *((name, 8) for name in FIELDS),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in FIELDS if name != "simclr")])
 def test_eight_devices_equal_one(name, bn_groups):
     (variables, extra), step = prepare(name, bn_groups)
     rng = np.random.default_rng(0)
