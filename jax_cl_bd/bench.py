@@ -1,9 +1,10 @@
-"""python -m jax_cl_bd.bench step|feed|augment|layout [--config=FILE[:args]] [--json]
+"""python -m jax_cl_bd.bench step|feed|augment|population|layout [--config=FILE[:args]] [--json]
 
 Rates as ratios within one run: the whole step (feed, augmentation, update) against the bare model
 step on fixed arrays, both compiled, warmed up and timed in turns, both dispatched as the training
 loop does it, train.steps_per_dispatch at a time. `feed` says whether the feed starves the device;
-there every step is dispatched and waited for singly.
+there every step is dispatched and waited for singly. `population` sets --members encoders at once
+(jax_cl_bd/population.py) against one.
 """
 
 import json
@@ -32,6 +33,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, lock_config=True, flag_
                                          help_string="The experiment whose step is timed; "
                                          "default configs/quickstart.py.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=FLAGS)
+MEMBERS = flags.DEFINE_integer("members", 16, "Encoders that are trained at once (population).",
+                               flag_values=FLAGS)
 SECONDS = flags.DEFINE_float("seconds", 20.0, "How long each side of a ratio is timed.",
                              flag_values=FLAGS)
 
@@ -231,6 +234,45 @@ def augment_rate(cfg) -> dict:
             "milliseconds_per_batch": 1000 * seconds, "batch_size": cfg.train.batch_size}
 
 
+def population_rate(cfg) -> dict:
+    """Encoder steps per second of --members at once and of one alone, and their ratio: how many
+    times the encoders per hour, start-up and compilation, which happen once in place of once each,
+    left aside. All have the poisoned set of one, since only shapes count."""
+    from jax_cl_bd import population
+
+    count = MEMBERS.value
+    mesh, made, tx, steps, state, shardings = _setup(cfg)
+    if mesh.size > 1:
+        raise UserError(f"bench population is of one device, not {mesh.size}: --config.mesh.data=1")
+    cfg = _sized(cfg, made)
+    together, init = population.step_of(cfg, steps, [made.steps_per_epoch] * count)
+    batches = made.batches(0)
+    with jax.set_mesh(mesh):
+        data, batch = jax.device_put((made.data, next(batches)))
+        copies = {name: tree if name == "clean" else jax.tree.map(
+            lambda x: jnp.stack([x] * count), tree) for name, tree in data.items()}
+        index = {"index": jnp.stack([next(batches)["index"] for _ in range(count)])}
+        box = {"one": state, "all": jax.jit(init)(jax.random.split(jax.random.key(0), count))}
+        one_fn = compile_step(training.make_step(cfg, tx, steps), shardings)
+        all_fn = compile_step(together, jax.tree.map(lambda x: x.sharding, box["all"]))
+
+        def one():
+            box["one"], metrics = one_fn(box["one"], data, batch)
+            return metrics
+
+        def every():
+            box["all"], metrics = all_fn(box["all"], copies, index)
+            return metrics
+
+        for _ in range(2):
+            jax.block_until_ready((one(), every()))
+        one_rate, all_rate = alternate([one, every], SECONDS.value, 2)
+    batches.close()
+    return {"encoder_steps_per_second": all_rate * count, "one_alone": one_rate,
+            "ratio": all_rate * count / one_rate, "members": count,
+            "batch_size": cfg.train.batch_size}
+
+
 def layout(cfg) -> dict:
     """Crop samples per second, and the solver's accuracy against the closed form."""
     del cfg
@@ -239,7 +281,8 @@ def layout(cfg) -> dict:
     return layouts_bench.run()
 
 
-BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "layout": layout}
+BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "population": population_rate,
+           "layout": layout}
 
 
 def main(argv: list[str]) -> None:

@@ -336,6 +336,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag.name} is of single runs; a population has one process, and "
                             "is made anew in another --workdir")
     host_memory.keep_pages()
+    if jax.default_backend() == "cpu":
+        print("warning: on a CPU encoders with convolutions train several times slower together "
+              "than one after another (docs/results.md, Speed); launch/sweep.sh does the latter",
+              file=sys.stderr)
     folder = epath.Path(command.WORKDIR.value)
     run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value)
 
