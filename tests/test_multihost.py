@@ -169,11 +169,14 @@ def losses(folder):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """Losses of 2 x 2 devices and of 1 x 4; a kill; other numbers of processes; the same bits."""
-    one = train(tmp_path / "one", 1, devices=4)
-    two = train(tmp_path / "two", 2)
-    assert sorted(one) == sorted(two) == list(range(1, 11))
-    np.testing.assert_allclose([two[s] for s in two], [one[s] for s in one], rtol=1e-6)
-    assert train(tmp_path / "again", 2) == two
+    # At the quickstart's rate, 0.3, rounding grows too fast with 16 rows and batch norm.
+    calm = ("--config.train.steps=100", "--config.train.save_every=50", "--config.optim.lr=0.003")
+    one = train(tmp_path / "one", 1, *calm, devices=4)
+    two = train(tmp_path / "two", 2, *calm)
+    assert sorted(one) == sorted(two) == list(range(1, 101))
+    differs = np.array([abs(two[s] - one[s]) / one[s] for s in range(1, 101)])
+    assert differs[:10].max() < 1e-6 and differs.max() < 1e-4
+    assert train(tmp_path / "again", 2, *calm) == two
 
     folder, longer = tmp_path / "killed", "--config.train.steps=60"
     undisturbed, port = train(tmp_path / "undisturbed", 2, longer), free_port()
@@ -184,7 +187,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         time.sleep(0.02)
     running[1].send_signal(signal.SIGKILL)
     assert running[0].wait(200) != 0  # it notices by itself
-    for processes, devices in ((1, 4), (2, 2)):
+    for processes, devices in ((1, 4), (2, 2), (4, 1)):
         went_on = tmp_path / f"went_on_{processes}"
         subprocess.run(["cp", "-r", folder, went_on], check=True)
         found = train(went_on, processes, longer, devices=devices)
