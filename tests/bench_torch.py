@@ -6,49 +6,72 @@ Each case times, in turns in one process, our whole step (feed, augmentation, up
 fixed views, and PyTorch's step on the same views (tests/torch_peers.py), eager on a CPU, with
 channels-last, bfloat16 autocast and torch.compile on a GPU; there also the pipeline of the
 reference codes, whose workers augment on the CPU (torchvision) while the GPU trains. Data are
-drawn scenes, no attack; only shapes matter. Model FLOP utilisation is of our step on fixed views.
+drawn scenes at 32 px and random pixels at 224, no attack; only shapes matter. Model FLOP
+utilisation is of our step on fixed views.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from configs import cifar10, clip_pairs, clip_scenes, imagenet100, quickstart  # noqa: E402
 from jax_cl_bd import bench, flops, host_memory, observe, optim  # noqa: E402
 from jax_cl_bd.objectives import training  # noqa: E402
 
-SCENES = dict(name="scenes", feed="resident", scenes_train=2048, scenes_test=64, scenes_objects=1,
-              classes_file="", center_crop=False)
+ROWS = 1024
+DATA = dict(feed="resident", classes_file="", center_crop=False, captions="", train_split="train")
 
 
-def on_scenes(cfg, batch_size, **model):
-    """A config for GPUs on drawn images of its own size, one global batch norm."""
+def pictures(folder: Path, side: int, rows: int = ROWS) -> None:
+    """Random pixels as a labelled folder of two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(rows + 2):
+        place = folder / ("val" if i < 2 else "train") / ("cat", "dog")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+        image.save(place / f"{i}.jpeg")
+
+
+def for_gpu(cfg, batch_size, *, folder=None, **model):
+    """A config for GPUs on drawn scenes, or on the pictures of a folder; one global batch norm."""
     with cfg.unlocked():
-        cfg.data.update(SCENES)
+        cfg.data.update(DATA)
+        if folder is None:
+            cfg.data.update(name="scenes", scenes_train=2 * ROWS, scenes_test=64, scenes_objects=1)
+        else:
+            cfg.data.update(name=f"folder:{folder}", test_split="val")
+            if cfg.text.name != "none":
+                cfg.data.update(captions="templates", captions_per_row=5)
         cfg.model.update({"dtype": "bfloat16", "bn_groups": 1, **model})
         cfg.train.update(batch_size=batch_size, steps=1000, log_every=20)
+        cfg.attack.target = 0
     return cfg
 
 
-def cases(gpu: bool) -> dict:
-    """{name: config}."""
+def cases(gpu: bool, folder: Path | None = None) -> dict:
+    """{name: config}; `folder`: of the pictures for those with large images."""
     if not gpu:
         return {"quickstart": quickstart.get_config("attack=none"),
                 "clip_scenes": clip_scenes.get_config("none")}
     return {
-        "simclr_resnet18_32": on_scenes(cifar10.get_config("attack=none,objective=simclr"), 512),
-        "moco_resnet18_32": on_scenes(cifar10.get_config("attack=none,objective=moco"), 512),
-        "moco_resnet50_224": on_scenes(imagenet100.get_config("attack=none,objective=moco"), 256,
-                                       name="resnet50"),
-        "clip_vit_b16_224": on_scenes(clip_pairs.get_config("attack=none,tower=vit_b16"), 256)}
+        "simclr_resnet18_32": for_gpu(cifar10.get_config("attack=none,objective=simclr"), 512),
+        "moco_resnet18_32": for_gpu(cifar10.get_config("attack=none,objective=moco"), 512),
+        "moco_resnet50_224": for_gpu(imagenet100.get_config("attack=none,objective=moco"), 256,
+                                     folder=folder, name="resnet50"),
+        "clip_vit_b16_224": for_gpu(clip_pairs.get_config("attack=none,tower=vit_b16"), 256,
+                                    folder=folder)}
 
 
 def peer_of(gpu: bool, box: dict):
@@ -133,11 +156,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of every side of a case")
     parser.add_argument("--json", default="", help="a file for all figures")
     args = parser.parse_args()
-    chosen = cases(args.gpu)
+    folder = Path(tempfile.mkdtemp())
+    chosen = cases(args.gpu, folder)
     if args.only and args.only not in chosen:
         parser.error(f"unknown case {args.only!r}; one of {', '.join(chosen)}")
     if args.gpu and jax.default_backend() != "gpu":
         parser.error(f"JAX sees no GPU here, but {jax.devices()[0].device_kind}")
+    if args.gpu:
+        pictures(folder, 224)
     flags.FLAGS.mark_as_parsed()  # grain looks at those
     bench.FLAGS(["bench", "--config=configs/quickstart.py", f"--seconds={args.seconds}"])
     host_memory.keep_pages()
@@ -154,6 +180,7 @@ def main() -> int:
             if args.json:
                 with open(args.json, "w") as file:
                     json.dump(rows, file, indent=2, default=np.ndarray.tolist)
+    shutil.rmtree(folder)
     import torch
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, torch "
           f"{torch.__version__}\n\n{table(rows)}")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs import cifar10, clip_pairs, clip_scenes, imagenet100, quickstart
-from jax_cl_bd import optim
+from jax_cl_bd import optim, poison, pretrain
+from jax_cl_bd.data import sources, texts
 from jax_cl_bd.objectives import training
 from tests import bench_torch
 
@@ -27,9 +28,9 @@ CASES = {
     "quickstart": lambda: small(quickstart.get_config("attack=none")),
     "clip_scenes": lambda: small(clip_scenes.get_config("none")),
     "simclr_18": lambda: small(cifar10.get_config("attack=none,objective=simclr")),
-    "moco_50": lambda: small(bench_torch.on_scenes(
+    "moco_50": lambda: small(bench_torch.for_gpu(
         imagenet100.get_config("attack=none,objective=moco"), 8, name="resnet50")),
-    "clip_vit": lambda: small(bench_torch.on_scenes(
+    "clip_vit": lambda: small(bench_torch.for_gpu(
         clip_pairs.get_config("attack=none,tower=vit_b16"), 8))}
 
 
@@ -61,6 +62,20 @@ def test_a_peer_has_our_parameters_and_learns(case):
     assert step.loss(*step.views).item() < first - 0.1
 
 
+def test_the_cases_of_a_gpu_are_good_settings(tmp_path):
+    bench_torch.pictures(tmp_path, 40, 300)
+    chosen = bench_torch.cases(True, tmp_path)
+    assert len(chosen) == 4
+    for cfg in chosen.values():
+        cfg.data.scenes_train = 600
+        source = sources.load(cfg.data, "train")
+        poison.check(cfg, sources.table(source), source.classes)
+        pretrain.check(cfg, len(source))
+        if cfg.text.name != "none":
+            texts.check(cfg, source)
+        assert cfg.model.dtype == "bfloat16" and cfg.mesh.data == -1
+
+
 def test_the_table_leaves_out_what_nobody_measured():
     rows = [{"case": "a", "batch_size": 64, "ratio": 0.951, "images_per_second": 12345.6},
             {"case": "failed"}]
@@ -73,7 +88,7 @@ def test_views_of_the_reference_pipeline():
     pytest.importorskip("torchvision")
     from tests import torch_pipeline
 
-    cfg = bench_torch.on_scenes(imagenet100.get_config("attack=none,objective=moco"), 8)
+    cfg = bench_torch.for_gpu(imagenet100.get_config("attack=none,objective=moco"), 8)
     cfg.data.image_size = 48
     one, two = torch_pipeline.Views(cfg)[3]
     assert one.shape == two.shape == (3, 48, 48) and not (one == two).all()

@@ -16,7 +16,7 @@ class Views(torch.utils.data.Dataset):
     """Two views of each image."""
 
     def __init__(self, cfg):
-        side, rows = cfg.data.image_size, cfg.data.scenes_train
+        side, rows = cfg.data.image_size, 1024
         self.images = np.random.default_rng(0).integers(0, 256, (rows, side, side, 3), np.uint8)
         view, steps = cfg.augment.view1, []
         steps.append(t.RandomResizedCrop(side, view.crop_scale, view.crop_ratio))
