@@ -157,7 +157,7 @@ def train(folder, processes, *flags, devices=2):
     running = [start(folder, i, processes, port, *flags, devices=devices)
                for i in range(processes)]
     for i, process in enumerate(running):
-        assert process.wait(500) == 0, (folder.parent / f"{folder.name}.{i}.log").read_text()
+        assert process.wait(1800) == 0, (folder.parent / f"{folder.name}.{i}.log").read_text()
     return losses(folder)
 
 
