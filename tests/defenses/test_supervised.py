@@ -7,43 +7,29 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jax_cl_bd
-from configs import clip_scenes
-from jax_cl_bd import defend, evaluate, metrics, parallel, poison
+from jax_cl_bd import evaluate, metrics, poison
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.data import sources, texts
+from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _classifier, _sweep, front, supervised
-from jax_cl_bd.defenses.given import Given, Truth
+from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
-from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    cfg = clip_scenes.get_config("debug,badnets,defense=supervised")
-    cfg.data.update(scenes_train=40, scenes_validation=40)
-    cfg.mesh.data = 1
+    cfg = small_repair.config("supervised")
+    cfg.data.scenes_validation = 40
     cfg.defense.rates = (3e-4, 1e-3)
-    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
     cfg.evals.update(probes=("zero_shot", "linear_probe", "retrieval"), placements=("random",))
     return cfg
-
-
-def repaired(cfg, folder, truth=None):
-    mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
-    suspect = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
-                               texts.make_tokenizer(cfg, source))
-    before = jax.tree.map(np.array, suspect.pair.variables)
-    found = supervised.run(cfg, [suspect], Given(source, defend.validation(cfg)), truth, mesh,
-                           epath.Path(folder), jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, before, suspect.pair.variables)
-    return suspect, found
 
 
 @pytest.fixture(scope="module")
 def tuned(cfg, tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
-    return folder, *repaired(cfg, folder, Truth(Plan.empty(), 3, None))
+    return folder, *small_repair.run(supervised, cfg, folder, Truth(Plan.empty(), 3, None))
 
 
 def by_hand(suspect, variables, features):
@@ -56,7 +42,7 @@ def by_hand(suspect, variables, features):
 @pytest.mark.slow
 def test_the_vision_weights_move_and_the_truth_changes_nothing(cfg, tuned, tmp_path):
     folder, suspect, known = tuned
-    _, blind = repaired(cfg, tmp_path / "blind")
+    _, blind = small_repair.run(supervised, cfg, tmp_path / "blind")
     assert known.verdict == blind.verdict and known.verdict["clean_images"] == 40
     jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
     assert set(known.variables["params"]) == {"encoder", "image_projection", "classes"}
@@ -68,7 +54,7 @@ def test_the_vision_weights_move_and_the_truth_changes_nothing(cfg, tuned, tmp_p
     # The folder opens by itself, as an encoder of images; once more computes nothing anew.
     opened = jax_cl_bd.load_encoder(folder)
     assert opened.text is None
-    _, same = repaired(cfg, folder)
+    _, same = small_repair.run(supervised, cfg, folder)
     assert same.verdict == known.verdict
     jax.tree.map(np.testing.assert_array_equal, same.variables, known.variables)
 
