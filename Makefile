@@ -20,7 +20,7 @@ help:
 	@echo "make drill        kill -9 at random moments, KILLS=100 of them; resumed to the same bits"
 	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
 	@echo "make bench-torch  our step against PyTorch's on this CPU (installs PyTorch)"
-	@echo "make bench-gpu    the same on a GPU, and PyTorch with CPU augmentation; under 10 minutes"
+	@echo "make bench-gpu    the same on a GPU, and PyTorch with CPU augmentation; meant for 10 minutes"
 	@echo "make lint         ruff"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=/path/to/python3.12 chooses the Python of $(VENV)"

@@ -79,7 +79,7 @@ def _texts(cfg, source):
         return texts.load(cfg, epath.Path(folder), source)
 
 
-def alternate(calls: list, seconds: float, look_every: int, rounds: int = 5) -> list[float]:
+def _alternate(calls: list, seconds: float, look_every: int, rounds: int = 5) -> list[float]:
     """Calls per second of several functions, timed in turns; the median round of each.
 
     As in the training loop the results are waited for every `look_every` calls; the host works
@@ -142,7 +142,7 @@ def step(cfg, peer=None) -> dict:
         for _ in range(2):
             jax.block_until_ready([call() for call in calls])
         before = len(compiled)
-        rates = alternate(calls, SECONDS.value, cfg.train.log_every // dispatch)
+        rates = _alternate(calls, SECONDS.value, cfg.train.log_every // dispatch)
         batches.close()
     size = cfg.train.batch_size * dispatch
     found = {"images_per_second": rates[0] * size, "bare_images_per_second": rates[1] * size,
@@ -237,13 +237,20 @@ def augment_rate(cfg) -> dict:
 def population_rate(cfg) -> dict:
     """Encoder steps per second of --members at once and of one alone, and their ratio: how many
     times the encoders per hour, start-up and compilation, which happen once in place of once each,
-    left aside. All have the poisoned set of one, since only shapes count."""
+    left aside. All have the poisoned set of one, since only shapes count.
+
+    Raises:
+        UserError: no members, more than one device, or settings that members cannot share.
+    """
     from jax_cl_bd import population
 
-    count = MEMBERS.value
+    count, devices = MEMBERS.value, parallel.make_mesh(cfg.mesh).size
+    if count < 1:
+        raise UserError(f"--members={count} must be at least 1")
+    if devices > 1:
+        raise UserError(f"bench population is of one device, not {devices}: --config.mesh.data=1")
+    population.check(cfg)
     mesh, made, tx, steps, state, shardings = _setup(cfg)
-    if mesh.size > 1:
-        raise UserError(f"bench population is of one device, not {mesh.size}: --config.mesh.data=1")
     cfg = _sized(cfg, made)
     together, init = population.step_of(cfg, steps, [made.steps_per_epoch] * count)
     batches = made.batches(0)
@@ -266,7 +273,7 @@ def population_rate(cfg) -> dict:
 
         for _ in range(2):
             jax.block_until_ready((one(), every()))
-        one_rate, all_rate = alternate([one, every], SECONDS.value, 2)
+        one_rate, all_rate = _alternate([one, every], SECONDS.value, 2)
     batches.close()
     return {"encoder_steps_per_second": all_rate * count, "one_alone": one_rate,
             "ratio": all_rate * count / one_rate, "members": count,

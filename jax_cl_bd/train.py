@@ -128,8 +128,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 unread.append((step, values))
                 progress.update(count)
                 due = {what: step == steps or (every and step % every < count)
-                       for what in ("log", "save", "eval")
-                       for every in (cfg_train[f"{what}_every"],)}
+                       for what, every in (("log", cfg_train.log_every),
+                                           ("save", cfg_train.save_every),
+                                           ("eval", cfg_train.eval_every))}
                 # Several processes must save at one step, and ask each other only now and then.
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:

@@ -11,9 +11,9 @@ utilisation is of our step on fixed views.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -156,14 +156,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of every side of a case")
     parser.add_argument("--json", default="", help="a file for all figures")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    chosen = cases(args.gpu, folder)
+    folder = tempfile.TemporaryDirectory()
+    chosen = cases(args.gpu, Path(folder.name))
+    if importlib.util.find_spec("torch") is None:
+        parser.error("PyTorch is missing; it comes with the extra `peers`")
     if args.only and args.only not in chosen:
         parser.error(f"unknown case {args.only!r}; one of {', '.join(chosen)}")
     if args.gpu and jax.default_backend() != "gpu":
         parser.error(f"JAX sees no GPU here, but {jax.devices()[0].device_kind}")
     if args.gpu:
-        pictures(folder, 224)
+        pictures(Path(folder.name), 224)
     flags.FLAGS.mark_as_parsed()  # grain looks at those
     bench.FLAGS(["bench", "--config=configs/quickstart.py", f"--seconds={args.seconds}"])
     host_memory.keep_pages()
@@ -180,7 +182,7 @@ def main() -> int:
             if args.json:
                 with open(args.json, "w") as file:
                     json.dump(rows, file, indent=2, default=np.ndarray.tolist)
-    shutil.rmtree(folder)
+    folder.cleanup()
     import torch
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, torch "
           f"{torch.__version__}\n\n{table(rows)}")

@@ -7,6 +7,7 @@ import pytest
 
 from configs import clip_scenes, quickstart
 from jax_cl_bd import bench, train
+from jax_cl_bd.errors import UserError
 
 
 @pytest.mark.parametrize("config, dispatch", [
@@ -34,3 +35,15 @@ def test_a_step_that_compiles_is_counted():
     seen = bench._compiles()
     jax.jit(lambda x: x * 3 + 1)(2.5).block_until_ready()
     assert len(seen) >= 1
+
+
+@pytest.mark.parametrize("members, devices, feed, message", [
+    (0, 1, "resident", "--members=0 must be at least 1"),
+    (2, 4, "resident", "of one device, not 4"), (2, 1, "streamed", "streamed gives each run")])
+def test_a_population_that_cannot_be_timed_is_refused(members, devices, feed, message, monkeypatch):
+    monkeypatch.setattr(bench, "MEMBERS", types.SimpleNamespace(value=members))
+    monkeypatch.setattr(bench, "_setup", None)  # nothing is read or compiled before
+    cfg = quickstart.get_config("debug")
+    cfg.mesh.data, cfg.data.feed = devices, feed
+    with pytest.raises(UserError, match=message):
+        bench.population_rate(cfg)

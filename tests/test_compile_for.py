@@ -160,6 +160,20 @@ def test_what_the_compiler_refuses_for_its_memory_does_not_fit():
         "warning: every chip holds all of data['x'], 200 MB"]
 
 
+def test_a_refusal_for_memory_is_an_answer_and_others_are_errors(eight, monkeypatch):
+    def refuse(kind):
+        def compile(self, *args, **kwargs):
+            raise jax.errors.JaxRuntimeError(f"{kind}: Ran out of memory on HBM.")
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+
+    refuse("RESOURCE_EXHAUSTED")
+    found = compile_for.compile_for(quickstart.get_config("debug"), "v5e:2x4", 200)
+    assert not found["fits"] and found["refused"] == "Ran out of memory on HBM."
+    refuse("INTERNAL")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_for.compile_for(quickstart.get_config("debug"), "v5e:2x4", 200)
+
+
 @pytest.mark.parametrize("config, topology, message", [
     (None, "v5e:2x2", "--config is missing"), (1, None, "--topology is missing")])
 def test_missing_flags_are_named(config, topology, message, monkeypatch):
