@@ -137,7 +137,7 @@ def test_clip_scenes_in_debug_mode(tmp_path, arg):
         assert repaired.text(["a photo of a star."]).shape == (1, cfg.objective.dim)
         assert results["defenses"][cfg.defense.name]["zero_shot"]["clean_accuracy"] >= 0
         described = run_folder.read_config(epath.Path(tmp_path) / "defenses" / cfg.defense.name)
-        assert described.objective.name == ("par" if cfg.defense.name == "par" else "clip")
+        assert described.objective.name == "clip"
     assert set(victim["retrieval"]["image_to_text"]) == {"1", "5", "10"}
     for name in cfg.evals.probes[4:]:  # what measures an attack without a trigger
         assert name in victim

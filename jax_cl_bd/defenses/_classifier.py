@@ -9,13 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_cl_bd.data import augment, feed
+from jax_cl_bd.data import augment, feed, sources
 from jax_cl_bd.data.poisoned import PoisonedSet
+from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import parts
 from jax_cl_bd.models.heads import Projection
 from jax_cl_bd.train import TrainState
 
 HEAD = "classes"
+
+
+def check_batch(cfg, clean: int) -> None:
+    """Refuses fewer images to train on than one batch. Raises UserError."""
+    if clean < cfg.defense.batch_size:
+        raise UserError(f"{clean} clean images with labels are fewer than one batch of "
+                        f"defense.batch_size={cfg.defense.batch_size}")
+
+
+def labelled(cfg, source):
+    """The rows of a source that have a label; UserError if they are fewer than one batch."""
+    labels = np.asarray(source.table(np.arange(len(source)))[0])
+    check_batch(cfg, int((labels >= 0).sum()))
+    return source if (labels >= 0).all() else sources.Subset(source, np.flatnonzero(labels >= 0))
 
 
 def head(classes: int) -> Projection:

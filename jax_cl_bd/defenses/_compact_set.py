@@ -8,7 +8,7 @@ clean     pairs of the pool, at most `per_label` of every affected label and of 
 relabel   the victims found, trigger and all, with a caption of what the oracle sees.
 transplant  trusted images of affected labels with the trigger pasted at a random place, under their
           own right captions.
-replay    as many more pairs of the pool, drawn at random, to hold the accuracy.
+replay    more pairs of the pool, drawn at random, to hold the accuracy; none stands twice.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
 
     Args:
         settings: parts, per_label, replay (pairs for each pair of the other parts).
-        pool, clean: sources with captions. victims: row of the pool -> what the oracle sees.
+        pool, clean: sources with captions. victims: row of the pool -> what the oracle sees, -1: none.
         ground: the oracle (defenses/_oracle.py). rho: flips from which a label is affected.
     Returns:
         The pairs, the untouched ones first, and how many come from each part.
@@ -59,18 +59,20 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
     every = pool.captions(np.arange(len(pool)))
     affected = sorted({int(c) for t in triggers for c in np.flatnonzero(t.flips >= rho)})
     targets = sorted({t.label for t in triggers})
-    found = {part: [] for part in PARTS}
+    found, taken = {part: [] for part in PARTS}, set(victims)
 
     def add(part, image, captions):
         found[part].append((images.test_image(image, side), list(captions)))
 
     if "clean" in settings.parts:
         for label in sorted({*affected, *targets}):
-            for row in _grounded(pool, every, label, set(victims), ground, settings.per_label, rng):
+            for row in _grounded(pool, every, label, taken, ground, settings.per_label, rng):
                 add("clean", pool[row]["image"], every[row])
+                taken.add(row)
     if "relabel" in settings.parts:
         most = settings.per_label * len(pool.classes)
-        chosen = rng.permutation(np.array(sorted(victims), np.int64))[:most]
+        told = sorted(row for row, seen in victims.items() if seen >= 0)
+        chosen = rng.permutation(np.array(told, np.int64))[:most]
         for row in chosen:
             prompt = templates.PROMPTS[rng.integers(len(templates.PROMPTS))]
             name = str(pool.classes[victims[int(row)]])
@@ -86,7 +88,7 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
                     add("transplant", _pinpoint.pasted(image, trigger.pixels, rng)[0],
                         item["captions"])
     if "replay" in settings.parts:
-        free = np.setdiff1d(np.arange(len(pool)), list(victims))
+        free = np.setdiff1d(np.arange(len(pool)), list(taken))
         others = sum(map(len, found.values()))
         chosen = rng.permutation(free)[:round(settings.replay * others)]
         for label in targets:  # pairs that wrongly name a target may be poisons that were missed
@@ -102,10 +104,11 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
             {part: len(found[part]) for part in PARTS})
 
 
-def _grounded(pool, captions, label, victims, ground, count, rng):
-    """Up to `count` rows, no victims, whose caption names a label that the oracle sees there."""
+def _grounded(pool, captions, label, taken, ground, count, rng):
+    """Up to `count` rows, none of `taken`, whose caption names a label that the oracle sees
+    there."""
     named = np.flatnonzero(mentions.naming(captions, str(pool.classes[label])))
-    named = rng.permutation(np.array([r for r in named if int(r) not in victims], np.int64))
+    named = rng.permutation(np.array([r for r in named if int(r) not in taken], np.int64))
     named = named[:4 * count]  # most of them are what they say
     if not len(named):
         return []

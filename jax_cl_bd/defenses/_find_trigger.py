@@ -141,20 +141,22 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], gro
         rows: int64 [N], in the order in which they are tried. wanted: P of each row.
         grounded: float32 [N, C], the oracle's opinion.
     Returns:
-        The candidates, and {"seen": int [C], "found": int [C]} by label.
+        The candidates, and {"seen": int [C], how many images were searched for each label;
+        "found": int [C], how many gave a candidate; "images": how many were looked at}.
     """
     count = grounded.shape[1]
     queues = {label: [i for i in range(len(rows)) if len(wanted[i]) and wanted[i][0] == label]
               for label in range(count)}
     seen, found = np.zeros(count, int), np.zeros(count, int)
-    candidates = []
-    while seen.sum() < settings.limit and found.max() < settings.enough:
+    candidates, looked = [], 0
+    while looked < settings.limit and found.max() < settings.enough:
         open_labels = [label for label in range(count) if queues[label]]
         if not open_labels:
             break
         label = max(open_labels, key=lambda c: (found[c] + 1) / (seen[c] + 2))
         i = queues[label].pop(0)
-        seen[label] += 1
+        looked += 1
+        seen[wanted[i]] += 1
         image = images.test_image(pool[int(rows[i])]["image"], suspect.side)
         for own, box, score in in_image(suspect, image, wanted[i], grounded[i], canvases,
                                         sure=settings.sure, confident=settings.confident,
@@ -163,8 +165,8 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], gro
             candidates.append(Candidate(int(rows[i]), own, box,
                                         image[y:y + height, x:x + width].copy(), score))
             found[own] += 1
-        progress.update(0, f"{seen.sum()} images scanned, {found.sum()} candidates")
-    return candidates, {"seen": seen, "found": found}
+        progress.update(0, f"{looked} images scanned, {found.sum()} candidates")
+    return candidates, {"seen": seen, "found": found, "images": looked}
 
 
 def canvases_of(source, labels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

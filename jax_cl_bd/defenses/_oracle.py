@@ -28,8 +28,9 @@ _ERROR_SEED = 7933
 _BLOCK = 256  # images classified at once
 
 
-def check(cfg: ml_collections.ConfigDict) -> None:
-    """Refuses a back-end that does not exist, or an impossible error rate. Raises UserError."""
+def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Refuses a back-end that does not exist, an impossible error rate, or too few of the `clean`
+    images for a classifier. Raises UserError."""
     oracle = cfg.defense.oracle
     if oracle.name not in NAMES:
         raise unknown("defense.oracle.name", oracle.name, NAMES)
@@ -38,6 +39,8 @@ def check(cfg: ml_collections.ConfigDict) -> None:
                         "images that the oracle gets wrong")
     if oracle.steps < 1:
         raise UserError(f"defense.oracle.steps={oracle.steps} must be at least 1")
+    if oracle.name == "classifier":
+        _classifier.check_batch(cfg, clean)
 
 
 def steps(cfg: ml_collections.ConfigDict) -> int:
@@ -73,6 +76,7 @@ def _ground_truth(cfg, classes: int):
 
 
 def _trained(cfg, clean, mesh, folder, key):
+    clean = _classifier.labelled(cfg, clean)
     own = ml_collections.ConfigDict(cfg.to_dict())
     own.text = ml_collections.ConfigDict({"name": "none"})
     own.train.update(batch_size=cfg.defense.batch_size, chunks=1, eval_every=0)

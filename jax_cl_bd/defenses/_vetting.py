@@ -28,10 +28,9 @@ def threshold(clean: np.ndarray, false_alarm: float) -> tuple[float, float, str]
 
     By ranks: the k-th largest of n clean scores is exceeded by one more of their kind with
     probability at most k / (n + 1), whatever their distribution; k is the largest that keeps this
-    within `false_alarm`. Fewer than 1 / false_alarm - 1 scores have no such k. Of two and more of
-    them the threshold then is the end of Student's one-sided prediction interval for one more, mean
-    + t s sqrt(1 + 1 / n), as if they were normal, and never below the largest; a single one is its
-    own threshold.
+    within `false_alarm`. Fewer than 1 / false_alarm - 1 scores have no such k; the threshold then
+    is the end of Student's one-sided prediction interval for one more, mean + t s sqrt(1 + 1 / n),
+    as if they were normal, and never below the largest. At least two scores.
 
     Returns:
         The threshold; the rate that holds for any distribution, never below 1 / (n + 1); and how
@@ -39,8 +38,7 @@ def threshold(clean: np.ndarray, false_alarm: float) -> tuple[float, float, str]
     """
     n, ascending = len(clean), np.sort(clean)
     k = int(false_alarm * (n + 1) + 1e-9)
-    if k >= 1 or n == 1:
-        k = max(k, 1)
+    if k >= 1:
         return float(ascending[n - k]), k / (n + 1), "ranks"
     reach = stats.t.isf(false_alarm, n - 1) * np.std(clean, ddof=1) * np.sqrt(1 + 1 / n)
     return float(max(ascending[-1], np.mean(clean) + reach)), 1 / (n + 1), "normal"

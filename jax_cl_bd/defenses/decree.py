@@ -45,15 +45,17 @@ _SHOWN = 8  # times the image's side, in the picture
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` images are there."""
     d = cfg.defense
-    if not 2 <= d.batch_size <= clean:
-        raise UserError(f"defense.batch_size={d.batch_size} must be 2 to the {clean} clean images")
+    used = min(clean, d.images)
+    if not 2 <= d.batch_size <= used:
+        raise UserError(f"defense.batch_size={d.batch_size} must be 2 to the {used} clean images "
+                        f"that are used (defense.images={d.images} of {clean})")
     if d.steps < 1 or d.lr <= 0:
         raise UserError(f"defense.steps={d.steps} must be at least 1 and lr={d.lr} positive")
     if not 0 < d.lambda_min < LAMBDA_FIRST:
         raise UserError(f"defense.lambda_min={d.lambda_min} must lie in (0, {LAMBDA_FIRST:g})")
     if not 0 < d.threshold < 1:
         raise UserError(f"defense.threshold={d.threshold} must lie in (0, 1), a share of the image")
-    if len(d.milestones) != 2 or not 0 < d.milestones[0] <= d.milestones[1] <= 1:
+    if len(d.milestones) != 2 or not 0 < d.milestones[0] < d.milestones[1] <= 1:
         raise UserError(f"defense.milestones={tuple(d.milestones)} must be two ascending shares of "
                         "the steps")
 

@@ -41,7 +41,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
         UserError: those of _sweep.check and _oracle.check, or a setting out of range.
     """
     _sweep.check(cfg)
-    _oracle.check(cfg)
+    _oracle.check(cfg, clean)
     d = cfg.defense
     if d.action not in ACTIONS:
         raise unknown("defense.action", d.action, ACTIONS)
@@ -50,9 +50,6 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if d.pairs and d.pairs < d.batch_size:
         raise UserError(f"defense.pairs={d.pairs} must be 0 (all) or at least defense.batch_size="
                         f"{d.batch_size}")
-    if d.oracle.name == "classifier" and clean < d.batch_size:
-        raise UserError(f"{clean} clean images for the oracle are fewer than one batch of "
-                        f"defense.batch_size={d.batch_size}")
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:

@@ -40,7 +40,7 @@ _AT_ONCE = 2048  # images of the pool held in memory
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Finds bad settings before anything is compiled; `clean` pairs are trusted."""
     _sweep.check(cfg)
-    check_search(cfg)
+    check_search(cfg, clean)
     if cfg.defense.preserve < 0:
         raise UserError(f"defense.preserve={cfg.defense.preserve} must be 0 (off) or more")
     if cfg.defense.preserve:
@@ -50,9 +50,10 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
                         f"defense.clean_fraction={cfg.defense.clean_fraction}")
 
 
-def check_search(cfg: ml_collections.ConfigDict) -> None:
-    """Finds bad settings of the oracle, of the scan and of what follows it. Raises UserError."""
-    _oracle.check(cfg)
+def check_search(cfg: ml_collections.ConfigDict, clean: int) -> None:
+    """Finds bad settings of the oracle, of the scan and of what follows it; `clean` images are
+    trusted. Raises UserError."""
+    _oracle.check(cfg, clean)
     _regions.check(cfg.defense.oracle)
     scan, curate = cfg.defense.scan, cfg.defense.curate
     if scan.evidence not in _find_trigger.EVIDENCE:
@@ -66,9 +67,10 @@ def check_search(cfg: ml_collections.ConfigDict) -> None:
     for part in curate.parts:
         if part not in _compact_set.PARTS:
             raise unknown("defense.curate.parts", part, _compact_set.PARTS)
-    if curate.per_label < 1 or curate.replay < 0 or not 0 < curate.rho <= 1:
-        raise UserError(f"defense.curate.per_label={curate.per_label} must be at least 1, replay="
-                        f"{curate.replay} at least 0 and rho={curate.rho} in (0, 1]")
+    if min(curate.per_label, curate.flips) < 1 or curate.replay < 0 or not 0 < curate.rho <= 1:
+        raise UserError(f"defense.curate.per_label={curate.per_label} and flips={curate.flips} "
+                        f"must be at least 1, replay={curate.replay} at least 0 and rho="
+                        f"{curate.rho} in (0, 1]")
     if not -1 < curate.correlation <= 1 or curate.searched < 0:
         raise UserError(f"defense.curate.correlation={curate.correlation} must lie in (-1, 1] and "
                         f"searched={curate.searched} be 0 or more")
@@ -180,7 +182,7 @@ def rate_of(trigger, labels):
 
 
 def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict[int, int]:
-    """Rows of the pool that carry a trigger -> the class that the oracle sees there.
+    """Rows of the pool that carry a trigger -> the class that the oracle sees there, -1 for none.
 
     Such a pair names the trigger's label while the oracle does not see it, and either a picture of
     the bank matches somewhere or Algorithm 1 fires with that label.
@@ -199,7 +201,7 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dic
             like = _pinpoint.matches(trigger, _pictures(pool, part, suspect.side))
             for i, row in enumerate(part):
                 if like[i] >= curate.correlation:
-                    found[int(row)] = int(grounded[start + i].argmax())
+                    found[int(row)] = _seen_in(grounded[start + i])
                 else:
                     doubtful.append((start + i, int(row)))
             progress.update(len(part))
@@ -209,10 +211,14 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dic
             if _find_trigger.in_image(suspect, image, np.array([trigger.label]), grounded[i],
                                       canvases, sure=scan.sure, confident=scan.confident,
                                       evidence=scan.evidence, regions=regions):
-                found[row] = int(grounded[i].argmax())
+                found[row] = _seen_in(grounded[i])
             progress.update(0, f"{len(found)} victims")
         progress.close()
     return found
+
+
+def _seen_in(grounded):
+    return int(grounded.argmax()) if grounded.max() > 0 else -1
 
 
 def _canvases(clean, side):
@@ -237,7 +243,7 @@ def _verdict(pool, candidates, counts, triggers, found, rho) -> dict:
             "flip_rate": [round(float(t.flips.sum() / max(1, len(t.flips) - 1)), 4)
                           for t in triggers],
             "trigger_box": list(of_first[0].box) if of_first else None,
-            "images_scanned": int(counts["seen"].sum()),
+            "images_scanned": counts["images"],
             "candidates": int(counts["found"].sum()), "victims": len(found)}
 
 

@@ -21,7 +21,6 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _classifier, _sweep
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
@@ -40,9 +39,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
             measure on, whose classes the head does not know.
     """
     _sweep.check(cfg)
-    if clean < cfg.defense.batch_size:
-        raise UserError(f"{clean} clean images are fewer than one batch of defense.batch_size="
-                        f"{cfg.defense.batch_size}")
+    _classifier.check_batch(cfg, clean)
     if cfg.downstream:
         raise UserError("defense supervised answers by a head for the classes that it is trained "
                         f"on, and downstream={cfg.downstream!r} is measured; leave it empty")
@@ -59,10 +56,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         UserError: fewer labelled images than one batch.
     """
     del truth
-    suspect, clean = victims[0], _labelled(data.clean)
-    if len(clean) < cfg.defense.batch_size:
-        raise UserError(f"{len(clean)} of the clean images have labels, fewer than one batch of "
-                        f"defense.batch_size={cfg.defense.batch_size}")
+    suspect, clean = victims[0], _classifier.labelled(cfg, data.clean)
     own = _sweep.described(cfg)
     own.text = ml_collections.ConfigDict({"name": "none"})
     modules = _modules(cfg, len(clean.classes))
@@ -119,8 +113,3 @@ def _start(suspect, modules, key):
         key, jnp.zeros((1, width)), train=False)["params"]
     return variables
 
-
-def _labelled(source):
-    """The rows of a source that have a label."""
-    labels = np.asarray(source.table(np.arange(len(source)))[0])
-    return source if (labels >= 0).all() else sources.Subset(source, np.flatnonzero(labels >= 0))

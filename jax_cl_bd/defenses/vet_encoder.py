@@ -57,8 +57,11 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
                         "--config.victim=FOLDER, of a run or with model.safetensors")
     if not 0 < d.false_alarm < 1:
         raise UserError(f"defense.false_alarm={d.false_alarm} must lie in (0, 1)")
-    decree.check(_vetting.part(cfg, "decree"), min(clean, d.decree.images))
-    oracle_finetune.check_search(_vetting.part(cfg, "scan"))
+    decree.check(_vetting.part(cfg, "decree"), clean)
+    if d.scan.oracle.name != "ground_truth":
+        raise UserError(f"defense.scan.oracle.name={d.scan.oracle.name!r} must be 'ground_truth': "
+                        "the labels of the images are the oracle here")
+    oracle_finetune.check_search(_vetting.part(cfg, "scan"), clean)
     seen = {}
     for path in (cfg.victim, *d.clean_encoders):
         if path != cfg.victim:
@@ -69,6 +72,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
                             f"{seen[mark]!r}; each must be another encoder than the rest and the "
                             "suspect")
         seen[mark] = path
+    if len(d.clean_encoders) == 1:
+        raise UserError("defense.clean_encoders has one encoder, which says nothing of how scores "
+                        "vary; a threshold takes at least two, or give none")
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
@@ -186,7 +192,7 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
         f"the suspected trigger takes {rate:.2f} of the images to {label!r}"
         for label, rate in rates.items())
     return {"score": float(max(rates.values(), default=0.0)), "default": least, "says": says,
-            "details": {"labels": rates, "images_scanned": int(counts["seen"].sum()),
+            "details": {"labels": rates, "images_scanned": counts["images"],
                         "candidates": int(counts["found"].sum())},
             "pictures": oracle_finetune.draw(folder, pool, candidates, triggers, side)}
 

@@ -8,6 +8,7 @@ folders alone, at a stated false alarm rate. Writes detection.json, detection.pn
 """
 
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from jax_cl_bd import errors, run_folder
+from jax_cl_bd.defenses import _vetting
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.reporting import read, words
 
@@ -48,11 +50,11 @@ def encoders(folder: epath.Path, defense: str, least_excess: float) -> list[dict
                             "control or control_from")
         excess = quoted[1]["excess"]
         kind = "backdoored" if excess >= least_excess else "left out"
-    out.append({"encoder": str(victim), "kind": kind, "excess": excess,
+    out.append({"encoder": os.path.abspath(victim), "kind": kind, "excess": excess,
                 "score": _score(row["verdict"], defense), **shared})
     control = run_folder.control_of(cfg, victim)
     if "control" in row and control not in (None, victim):
-        out.append({"encoder": str(control), "kind": "clean", "excess": None,
+        out.append({"encoder": os.path.abspath(control), "kind": "clean", "excess": None,
                     "score": _score(row["control"]["verdict"], defense), **shared})
     return out
 
@@ -74,15 +76,15 @@ def once(rows: list[dict]) -> list[dict]:
 def judge(rows: list[dict], calibration: list[dict], false_alarm: float) -> dict:
     """AUROC with a bootstrap interval, and the rates at the threshold.
 
-    The threshold is the lowest score that at most a share `false_alarm` of the calibration's clean
-    encoders exceeds.
+    The threshold is that of _vetting.threshold by ranks: one more clean encoder exceeds it with a
+    probability of at most `false_alarm`.
 
     Raises:
         UserError: no encoder of one kind, too few for that rate, or one that is on both sides.
     """
     backdoored = np.array([r["score"] for r in rows if r["kind"] == "backdoored"])
     clean = np.array([r["score"] for r in rows if r["kind"] == "clean"])
-    known = np.sort([r["score"] for r in calibration if r["kind"] == "clean"])
+    known = np.array([r["score"] for r in calibration if r["kind"] == "clean"])
     if not len(backdoored) or not len(clean):
         raise UserError(f"there are {len(backdoored)} backdoored and {len(clean)} clean encoders; "
                         "some of both are needed")
@@ -90,16 +92,17 @@ def judge(rows: list[dict], calibration: list[dict], false_alarm: float) -> dict
     if both:
         raise UserError(f"the threshold must come from other encoders: {min(both)} is on both "
                         "sides")
-    if len(known) * false_alarm < 1:
+    least = int(np.ceil(1 / false_alarm - 1e-9)) - 1
+    if len(known) < least:
         raise UserError(f"{len(known)} clean encoders cannot set a threshold for a false alarm "
-                        f"rate of {false_alarm:g}; {int(np.ceil(1 / false_alarm))} are needed")
-    threshold = float(known[len(known) - 1 - int(false_alarm * len(known))])
+                        f"rate of {false_alarm:g}; {least} are needed")
+    threshold, certain, _ = _vetting.threshold(known, false_alarm)
     wins, rng = above(backdoored, clean), np.random.default_rng(0)
     drawn = [wins[rng.integers(0, len(wins), len(wins))][
         :, rng.integers(0, len(clean), len(clean))].mean() for _ in range(RESAMPLES)]
     return {"auroc": float(wins.mean()),
             "auroc_interval": [float(q) for q in np.percentile(drawn, [2.5, 97.5])],
-            "threshold": threshold, "false_alarm_wanted": false_alarm,
+            "threshold": threshold, "false_alarm_wanted": false_alarm, "false_alarm": certain,
             "true_positive_rate": float((backdoored > threshold).mean()),
             "false_positive_rate": float((clean > threshold).mean()),
             "backdoored": len(backdoored), "clean": len(clean), "calibration": len(known),
@@ -147,8 +150,9 @@ def table(rows: list[dict], found: dict, defense: str) -> str:
     lines = [f"`{defense}` on {found['backdoored']} backdoored and {found['clean']} clean encoders "
              f"({found['left_out']} with too little excess left out): AUROC {found['auroc']:.3f} "
              f"(95 % {low:.3f} to {high:.3f}). At the threshold of {found['calibration']} other "
-             f"clean encoders for a false alarm rate of {found['false_alarm_wanted']:g} "
-             f"({name} {sign * found['threshold']:.4f}): {found['true_positive_rate']:.3f} found, "
+             f"clean encoders, beyond which one more lies at a rate of {found['false_alarm']:.3f} "
+             f"at most ({name} {sign * found['threshold']:.4f}): "
+             f"{found['true_positive_rate']:.3f} found, "
              f"{found['false_positive_rate']:.3f} false alarms.", "",
              f"| encoder | kind | attack | target | seed | excess | {name} |",
              "|---|---|---|---|---|---|---|"]

@@ -103,7 +103,9 @@ def test_the_loss_is_that_of_numpy(cfg):
 def test_bad_settings_are_refused(cfg):
     for changes, says in (({"batch_size": 1}, "batch_size"), ({"lr": 0.0}, "lr"),
                           ({"lambda_min": 1.0}, "lambda_min"), ({"threshold": 0.0}, "threshold"),
-                          ({"milestones": (0.5, 0.2)}, "milestones")):
+                          ({"milestones": (0.5, 0.2)}, "milestones"),
+                          ({"milestones": (0.2, 0.2)}, "milestones"),
+                          ({"images": cfg.defense.batch_size - 1}, "images that are used")):
         mine = ConfigDict(cfg.to_dict())
         mine.defense.update(changes)
         with pytest.raises(UserError, match=says):

@@ -121,7 +121,7 @@ def test_bad_settings_are_refused(cfg, made, tmp_path):
             oracle_filter.check(mine, 50)
     mine = ConfigDict(cfg.to_dict())
     mine.defense.oracle.name = "classifier"
-    with pytest.raises(UserError, match="15 clean images for the oracle"):
+    with pytest.raises(UserError, match="15 clean images with labels are fewer"):
         oracle_filter.check(mine, 15)
     mine = ConfigDict(cfg.to_dict())
     mine.defense.pairs = 201

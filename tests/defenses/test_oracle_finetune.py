@@ -163,6 +163,9 @@ def test_the_parts_of_the_compact_set(cfg, made):
     assert len(pairs) == sum(counts.values()) and counts["relabel"] == 24
     assert counts["transplant"] <= 22 and counts["clean"] <= 24 and counts["replay"] > 0
     kinds = np.repeat(list(counts), list(counts.values()))
+    untouched = [pairs.image[i].tobytes() for i in np.flatnonzero(np.isin(
+        kinds, _compact_set.UNTOUCHED))]
+    assert len(set(untouched)) == len(untouched)  # no pair stands twice
     clean = {source[i]["image"].tobytes(): source[i] for i in range(len(source))}
     for kind, image, captions in zip(kinds, pairs.image, pairs.texts):
         if kind in ("clean", "replay"):  # pairs of the pool as they are, none of them a poison
@@ -171,6 +174,15 @@ def test_the_parts_of_the_compact_set(cfg, made):
             windows = np.lib.stride_tricks.sliding_window_view(image, patch.shape)[:, :, 0]
             assert (np.abs(windows.astype(int) - patch) <= 1).all(axis=(2, 3, 4)).any()
             assert not any("star" in text for text in captions)
+    settings.replay = 10.0  # more than the pool has: all that is free
+    pairs, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,
+                                        ground, 0.5, np.random.default_rng(0))
+    assert counts["clean"] + counts["replay"] == len(given.pool) - len(victims)
+    unseen = dict.fromkeys(victims, -1)  # nothing that a caption could say
+    _, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [found], unseen, ground,
+                                    0.5, np.random.default_rng(0))
+    assert counts["relabel"] == 0
+    settings.replay = 1.0
     for part in _compact_set.PARTS:
         settings.parts = (part,)
         _, alone = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,
@@ -183,6 +195,7 @@ def test_bad_settings_are_refused(cfg):
             ({"oracle.name": "nobody"}, "nobody"), ({"oracle.error": 1.0}, "error"),
             ({"scan.evidence": "guess"}, "guess"), ({"scan.limit": 0}, "limit"),
             ({"curate.parts": ("cleen",)}, "clean"), ({"curate.rho": 0.0}, "rho"),
+            ({"curate.flips": 0}, "flips=0"),
             ({"preserve": -1.0}, "preserve=-1"), ({"rates": ()}, "rates"),
             ({"rates": (1e-3, 1e-4)}, "ascending"),
             ({"points": 5}, "points"), ({"validation_split": ""}, "validation_split")):
@@ -190,6 +203,10 @@ def test_bad_settings_are_refused(cfg):
         mine.defense.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=says):
             oracle_finetune.check(mine, 100)
+    mine = ConfigDict(cfg.to_dict())
+    mine.defense.oracle.name = "classifier"
+    with pytest.raises(UserError, match="15 clean images with labels are fewer than one batch"):
+        oracle_finetune.check(mine, 15)
     mine = ConfigDict(cfg.to_dict())
     mine.objective.name = "siglip"
     with pytest.raises(UserError, match="preserve=10.0 .0 leaves it out."):

@@ -119,8 +119,12 @@ def test_rows_without_a_label_are_left_out():
         def table(self, rows):
             return np.array([0, -1, 1, -1, -1, 0])[rows], np.full((len(rows), 2), 8)
 
-    kept = supervised._labelled(Half())
+    cfg = ConfigDict({"defense": {"batch_size": 3}})
+    kept = _classifier.labelled(cfg, Half())
     assert len(kept) == 3 and kept.table(np.arange(3))[0].tolist() == [0, 1, 0]
+    cfg.defense.batch_size = 4
+    with pytest.raises(UserError, match="3 clean images with labels are fewer"):
+        _classifier.labelled(cfg, Half())
 
 
 def test_bad_settings_are_refused(cfg):
@@ -129,7 +133,7 @@ def test_bad_settings_are_refused(cfg):
     mine.downstream = "digits"
     with pytest.raises(UserError, match="downstream='digits'"):
         supervised.check(mine, 40)
-    with pytest.raises(UserError, match="15 clean images are fewer"):
+    with pytest.raises(UserError, match="15 clean images with labels are fewer"):
         supervised.check(cfg, 15)
     mine = ConfigDict(cfg.to_dict())
     mine.defense.rates = ()

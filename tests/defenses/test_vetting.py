@@ -9,8 +9,7 @@ from jax_cl_bd.defenses import _detection, _vetting
 
 
 @pytest.mark.parametrize("clean, false_alarm, place, rate", [
-    (19, 0.05, 1, 1 / 20), (39, 0.05, 2, 2 / 40), (40, 0.05, 2, 2 / 41), (1, 0.5, 1, 1 / 2),
-    (1, 0.05, 1, 1 / 2)])
+    (19, 0.05, 1, 1 / 20), (39, 0.05, 2, 2 / 40), (40, 0.05, 2, 2 / 41), (2, 0.5, 1, 1 / 3)])
 def test_the_threshold_is_the_kth_largest_clean_score(clean, false_alarm, place, rate):
     scores = np.random.default_rng(0).permutation(clean) / 100
     limit, got, by = _vetting.threshold(scores, false_alarm)

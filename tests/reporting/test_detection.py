@@ -56,14 +56,15 @@ def test_scores_threshold_and_what_is_left_out(folders, tmp_path, capsys):
     pairs = [float(b < c) for b, c in itertools.product(backdoored, clean)]
     assert found["auroc"] == pytest.approx(np.mean(pairs))
     assert (found["backdoored"], found["clean"], found["left_out"]) == (3, 5, 1)
-    # One of the ten known ones, 0.06, may lie beyond: the threshold is the next, 0.07.
-    assert found["threshold"] == pytest.approx(-0.07)
+    # An eleventh lies beyond the most suspicious of the ten known ones, 0.06, once in eleven.
+    assert found["threshold"] == pytest.approx(-0.06)
+    assert found["false_alarm"] == pytest.approx(1 / 11)
     assert found["true_positive_rate"] == pytest.approx(2 / 3)
     assert found["false_positive_rate"] == pytest.approx(1 / 5)
     assert found["auroc_interval"][0] <= found["auroc"] <= found["auroc_interval"][1]
     assert (tmp_path / "out" / "detection.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert "0.0700" in said and said == (tmp_path / "out" / "table.md").read_text() + "\n"
+    assert "0.0600" in said and said == (tmp_path / "out" / "table.md").read_text() + "\n"
 
 
 def test_an_inversion_without_a_finding_is_the_least_suspicious(folders, tmp_path):
