@@ -51,7 +51,8 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
 
     Args:
         settings: parts, per_label, replay (pairs for each pair of the other parts).
-        pool, clean: sources with captions. victims: row of the pool -> what the oracle sees, -1: none.
+        pool, clean: sources with captions.
+        victims: row of the pool -> the class that the oracle sees, -1 for none.
         ground: the oracle (defenses/_oracle.py). rho: flips from which a label is affected.
     Returns:
         The pairs, the untouched ones first, and how many come from each part.
