@@ -35,7 +35,7 @@ def get_config(arg=""):
         attack=common.pair_attack(attack, target=a["target"], poisons=500, trigger_size=6, side=32),
         augment=dict(view1={**common.PLAIN_VIEW, "crop_scale": (0.4, 1.0), "flip": 0.5,
                             "crop_ratio": (3 / 4, 4 / 3)},
-                     view2=common.second_view(a["objective"], common.SMALL_VIEW),
+                     view2=dict(common.CAPTIONED_VIEW),
                      interpolation="bilinear"),
         model=dict(name="resnet18", stem="cifar", width=64, stem_stride=1, first_stride=1,
                    stages=(), dtype="bfloat16", bn_groups=1),

@@ -65,9 +65,9 @@ def clean_clip(sweep):
 
 
 def par(sweep):
-    """Perturb and Recover with the authors' tau (docs/papers.md)."""
-    return {**_swept("par", sweep),
-            "tau": 2.15}
+    """Perturb and Recover with the authors' tau, betas and weight decay (docs/papers.md)."""
+    swept = _swept("par", sweep)
+    return {**swept, "optim": {**swept["optim"], "b2": 0.98, "weight_decay": 1e-4}, "tau": 2.15}
 
 
 def abd(sweep, *, pgd_steps):

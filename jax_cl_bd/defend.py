@@ -44,7 +44,7 @@ def validation(cfg: ml_collections.ConfigDict):
     `validation_split` names a split of the data); else None.
 
     Raises:
-        UserError: that split is the one that is trained or tested on, or does not exist.
+        UserError: that split does not exist, or has rows that are trained or tested on.
     """
     split = cfg.defense.get("validation_split", "")
     if not split:
@@ -52,7 +52,13 @@ def validation(cfg: ml_collections.ConfigDict):
     if split in (cfg.data.train_split, cfg.data.test_split):
         raise UserError(f"defense.validation_split={split!r} is also trained or tested on; name "
                         "another split of the data, or a slice of one")
-    return sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
+    held_out = sources.load({**cfg.data.to_dict(), "test_split": split}, "test")
+    for kind in ("train", "test"):
+        if count := sources.shared(held_out, sources.load(cfg.data, kind)):
+            raise UserError(f"defense.validation_split={split!r} has {count} rows in common with "
+                            f"data.{kind}_split={cfg.data[f'{kind}_split']!r}; name a slice of its "
+                            "own")
+    return held_out
 
 
 def vets(cfg: ml_collections.ConfigDict) -> bool:

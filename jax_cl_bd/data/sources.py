@@ -95,6 +95,18 @@ class CenterCropped:
         return self.source.table(rows)[0], np.full((len(rows), 2), self.side)
 
 
+def shared(one, other) -> int:
+    """How many records of a tfds data set two slices of it both read, before any limit; 0 for other
+    data, whose splits have no rows in common."""
+    def files(source):
+        while hasattr(source, "source"):
+            source = source.source
+        return getattr(source, "files", ())
+
+    return sum(max(0, min(a + n, b + m) - max(a, b)) for name, a, n in files(one)
+               for other_name, b, m in files(other) if name == other_name)
+
+
 def load(cfg, split: str):
     """Opens one split of the data set that the config names.
 

@@ -6,7 +6,7 @@ A score is higher for rows that are more suspicious.
 import numpy as np
 from etils import epath
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from jax_cl_bd.data import images
 from jax_cl_bd.errors import UserError
@@ -56,12 +56,16 @@ def grade(scores: np.ndarray, threshold: float, poisoned: np.ndarray) -> dict:
     """How right a verdict on scores [n] is, poisoned bool [n]; None where there is no poison.
 
     auroc: ties count half. tpr: the share of poisons above the threshold; fpr: that of other rows.
+    tpr_at_1_percent_fpr: the most that any threshold finds whose fpr is at most 0.01, which takes
+    knowledge of the poisons.
     """
     if not poisoned.any() or poisoned.all():
-        return {"auroc": None, "tpr": None, "fpr": None}
+        return {"auroc": None, "tpr": None, "fpr": None, "tpr_at_1_percent_fpr": None}
     above = scores > threshold
+    fpr, tpr, _ = roc_curve(poisoned, scores)
     return {"auroc": float(roc_auc_score(poisoned, scores)), "tpr": float(above[poisoned].mean()),
-            "fpr": float(above[~poisoned].mean())}
+            "fpr": float(above[~poisoned].mean()),
+            "tpr_at_1_percent_fpr": float(tpr[fpr <= 0.01].max())}
 
 
 def draw(path: epath.Path, source, rows: list[list[int]], side: int) -> None:

@@ -74,9 +74,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     for name in SCORES:
         verdict[name] = _detection.judge(scores[name], clean[name], d.false_alarm)
         if truth is not None:
-            found = _detection.grade(scores[name], verdict[name]["threshold"], poisoned)
-            verdict[name] |= {"auroc": found["auroc"], "tpr_at_false_alarm": found["tpr"],
-                              "fpr": found["fpr"]}
+            verdict[name] |= _detection.grade(scores[name], verdict[name]["threshold"], poisoned)
     _detection.keep(folder / "scores.npz", scores)
     _detection.draw(folder / "suspicious.png", pool,
                     [_detection.most(scores[name], _SHOWN) for name in SCORES],

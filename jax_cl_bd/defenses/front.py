@@ -16,8 +16,8 @@ def measure(outcome, suspect, data, mesh) -> dict:
     Returns:
         "start": {"clean_accuracy", "attack_success_rate"} of the suspect; "points": rows with these
         two, rate, step, validation_accuracy and chosen; "lowest": {loss: the point of lowest attack
-        success that loses at most so much clean accuracy, or None}, which takes knowledge of the
-        attack and so is nobody's choice.
+        success that loses at most so much clean accuracy, "start" among them, or None without an
+        attack}, which takes knowledge of the attack and so is nobody's choice.
     """
     start = _figures(suspect, zero_shot.classifier(suspect, data), data)
     rows = []
@@ -29,7 +29,7 @@ def measure(outcome, suspect, data, mesh) -> dict:
         rows.append(point.row() | _figures(encoder, predict, data))
     lowest = {}
     for loss in LOSSES:
-        within = [r for r in rows if r["attack_success_rate"] is not None
+        within = [r for r in [start, *rows] if r["attack_success_rate"] is not None
                   and r["clean_accuracy"] >= start["clean_accuracy"] - loss]
         lowest[f"{loss:g}"] = min(within, key=lambda r: r["attack_success_rate"], default=None)
     return {"start": start, "points": rows, "lowest": lowest}

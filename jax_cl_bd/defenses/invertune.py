@@ -193,6 +193,8 @@ def _shown(suspect, source) -> tuple[np.ndarray, np.ndarray]:
 
 def _score(truth, side, found, mask) -> dict:
     """How right the verdict is; None where nothing can be said."""
+    if not (truth.poison >= 0).any():
+        return {"target_label_correct": None, "mask_iou": None}
     plan, box = truth.plan, _invert.box_of(mask)
     same = (len(plan) > 0 and (plan.canvas == side).all()
             and (plan.trigger_box == plan.trigger_box[0]).all())

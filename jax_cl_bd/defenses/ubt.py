@@ -106,7 +106,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     found = _sweep.repair(_described(cfg, len(good), special), suspect, pairs, data.validation,
                           mesh=mesh, folder=folder, key=tune_key, label=f"unlearn {label}",
                           steps_before=d.overfit.steps)
-    return dataclasses.replace(found, verdict=verdict | found.verdict, report=report)
+    different = len(np.unique(np.concatenate([weak, good, bad])))  # `bad` ones come repeatedly
+    return dataclasses.replace(found, verdict=verdict | found.verdict | {
+        "training_pairs": different}, report=report)
 
 
 def similarities(model, source, label: str) -> np.ndarray:

@@ -73,8 +73,13 @@ def clean_rows(cfg: ml_collections.ConfigDict):
         raise UserError(f"the known clean rows, split {split!r} of {cfg.data.name!r}, are the rows "
                         "to be judged; name others: --config.defense.clean_data=folder:PATH, or "
                         "--config.defense.clean_split=SPLIT")
-    return sources.load({**cfg.data.to_dict(), "name": d.clean_data or cfg.data.name,
-                         "test_split": split, "limit": 0}, "test")
+    known = sources.load({**cfg.data.to_dict(), "name": d.clean_data or cfg.data.name,
+                          "test_split": split, "limit": 0}, "test")
+    if count := sources.shared(known, sources.load(cfg.data, "train")):
+        raise UserError(f"{where(cfg)}, the known clean rows, has {count} rows in common with "
+                        f"those to be judged, split {cfg.data.train_split!r}; name a slice of its "
+                        "own")
+    return known
 
 
 def where(cfg: ml_collections.ConfigDict) -> str:

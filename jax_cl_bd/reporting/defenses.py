@@ -64,5 +64,6 @@ def lowest(front: dict) -> str:
              for loss, point in front["lowest"].items()]
     return html.table(
         ["point", "learning rate", "step", "clean accuracy", "attack success rate"],
-        [[label, f"{p['rate']:g}", p["step"], percent(p["clean_accuracy"]),
-          percent(p["attack_success_rate"])] if p else [label, *"––––"] for label, p in rows])
+        [[label, f"{p['rate']:g}" if "rate" in p else "suspect as it is", p.get("step", "–"),
+          percent(p["clean_accuracy"]), percent(p["attack_success_rate"])]
+         if p else [label, *"––––"] for label, p in rows])

@@ -1,9 +1,10 @@
 """Repairs side by side: fronts of one victim in one figure, their cost, and differences over seeds.
 
 Attack success is compared at matched clean accuracy: for a loss d the lowest attack success rate
-among a repair's points that lose at most d of the suspect's clean accuracy on the test set
-(defenses/front.py), which takes knowledge of the attack; and at the points that the defenders
-chose. Nothing is interpolated. Zero-shot figures under the test protocol.
+among a repair's points, and the suspect left as it is, that lose at most d of the suspect's clean
+accuracy on the test set (defenses/front.py), which takes knowledge of the attack; and at the points
+that the defenders chose, whose clean accuracy stands beside it. Nothing is interpolated. Zero-shot
+figures under the test protocol; of a repair without a text tower those of its own head.
 """
 
 import dataclasses
@@ -19,11 +20,16 @@ from jax_cl_bd.reporting.html import Picture, percent
 from jax_cl_bd.reporting.read import Run
 
 LOSSES = ("0.01", "0.02", "0.03")
-AT = ("choice", *LOSSES)
+# What is compared over seeds: its name, where (`Repair.at`), and of which figure.
+COMPARED = (("clean_accuracy@choice", "choice", "clean_accuracy"),
+            ("attack_success_rate@choice", "choice", "attack_success_rate"),
+            *((f"lowest_attack_success_rate@{d}", d, "attack_success_rate") for d in LOSSES))
+OVER_SEEDS = "Repairs at the defenders' choices and at matched clean accuracy"
 NOTE = ("One line per defense: its points that no other of its points beats in both figures; its "
         "other points are pale, and the ring is the defender's choice. “Within d” is the lowest "
         "attack success rate among its points that lose at most d points of the suspect's clean "
-        "accuracy, a choice that takes knowledge of the attack.")
+        "accuracy, a choice that takes knowledge of the attack; where all lose more, the suspect's "
+        "own. More points can only lower it. “Own head”: answers by a classifier of its own.")
 # What may differ among the runs of one defense: more rates are more points; the number of pairs
 # may follow another repair's, so only whether one is given counts.
 _FREE, _GIVEN = ("defense.name", "defense.rates"), ("defense.pairs",)
@@ -51,21 +57,22 @@ class Repair:
     seconds: float | None
 
     def at(self, which: str) -> dict | None:
-        """The defender's choice, or the point of lowest attack success within a loss."""
+        """The defender's choice, or the point of lowest attack success within a loss; the suspect
+        itself is one."""
         if which == "choice":
             return next(p for p in self.points if p["chosen"])
         if self.start is None:
             return None
-        within = [p for p in self.points
-                  if p["clean_accuracy"] >= self.start["clean_accuracy"] - float(which)]
-        return min(within, key=lambda p: p["attack_success_rate"], default=None)
+        least = self.start["clean_accuracy"] - float(which)
+        within = [p for p in [self.start, *self.points] if p["clean_accuracy"] >= least]
+        return min(within, key=lambda p: p["attack_success_rate"])
 
 
 def collect(runs: list[Run]) -> list[Repair]:
-    """Every repair with zero-shot figures that a list of runs holds, whether or not a run's own
-    folder holds its victim."""
+    """Every repair with figures of its answers that a list of runs holds, whether or not a run's
+    own folder holds its victim."""
     rows = [(group, run, name) for group, members in groups.split(runs, _made) for run in members
-            for name, row in run.defenses.items() if _measured(row)]
+            for name, row in run.defenses.items() if _answers(row)]
     labels = _labels([(run, name) for _, run, name in rows])
     return [_repair(group, run, name, label) for (group, run, name), label in zip(rows, labels)]
 
@@ -76,8 +83,9 @@ def _made(cfg):
     return groups.key_of(settings | {"evals.placements": cfg.evals.placements[:1]})
 
 
-def _measured(row):
-    return row.get("zero_shot", {}).get("attack_success_rate") is not None
+def _answers(row):
+    """The figures of a repaired model's answers: zero-shot, or by its own head; None without."""
+    return _figures(row.get("zero_shot")) or _figures(row.get("own_head"))
 
 
 def _labels(rows):
@@ -89,10 +97,11 @@ def _labels(rows):
         keys.append({k.removeprefix("defense."): ("some" if v else "all") if k in _GIVEN
                      else repr(v) for k, v in settings.items()
                      if k.startswith("defense.") and k not in _FREE})
-    for (_, name), key in zip(rows, keys):
+    for (run, name), key in zip(rows, keys):
         own = [k for (_, other), k in zip(rows, keys) if other == name]
         differs = [n for n in sorted(key) if len({k.get(n) for k in own}) > 1]
-        said = ", ".join(f"{n}={key[n]}" for n in differs[:groups.MOST_TOLD])
+        said = ", ".join([f"{n}={key[n]}" for n in differs[:groups.MOST_TOLD]]
+                         + ["own head"] * (_figures(run.defenses[name].get("zero_shot")) is None))
         out.append(f"{name} ({said})".replace("'", "") if said else name)
     return out
 
@@ -103,7 +112,7 @@ def _repair(group, run, name, label):
     own = run_folder.read_json(victim / "results.json") if (
         victim / "results.json").exists() else {}
     start = _figures(own.get("victim", {}).get("zero_shot"))
-    points = [{**_figures(row["zero_shot"]), "chosen": True}]
+    points = [{**_answers(row), "chosen": True}]
     if "front" in row:
         start = row["front"]["start"]
         points = [p for p in row["front"]["points"] if p["attack_success_rate"] is not None]
@@ -151,37 +160,32 @@ def by_victim(repairs: list[Repair]) -> list[tuple[str, list[Repair]]]:
 
 
 def statistics(repairs: list[Repair]) -> list[tuple[str, list[groups.Statistic]]]:
-    """For every group of runs: attack success of each defense at AT, then the differences of any
-    two, paired by seed and target."""
+    """For every group of runs: what is COMPARED of each defense, then the differences of any two,
+    paired by seed and target."""
     out = []
     for group in dict.fromkeys(r.group for r in repairs):
         mine = [r for r in repairs if r.group == group]
         labels = list(dict.fromkeys(r.label for r in mine))
-        values = {(label, at): _by_run([r for r in mine if r.label == label], at)
-                  for label in labels for at in AT}
-        found = {(label, at): {k: [v] for k, v in own.items()}
-                 for (label, at), own in values.items()}
+        values = {(label, figure): _by_run([r for r in mine if r.label == label], at, of)
+                  for label in labels for figure, at, of in COMPARED}
+        found = {key: {k: [v] for k, v in own.items()} for key, own in values.items()}
         for one, other in itertools.combinations(labels, 2):
-            for at in AT:
-                both = values[one, at].keys() & values[other, at].keys()
-                found[f"{one} - {other}", at] = {
-                    k: [values[one, at][k] - values[other, at][k]] for k in both}
-        out.append((group, [groups.summarise(v, encoder=label, probe="front", figure=_figure(at))
-                            for (label, at), v in found.items() if v]))
+            for figure, _, _ in COMPARED:
+                both = values[one, figure].keys() & values[other, figure].keys()
+                found[f"{one} - {other}", figure] = {
+                    k: [values[one, figure][k] - values[other, figure][k]] for k in both}
+        out.append((group, [groups.summarise(v, encoder=label, probe="front", figure=figure)
+                            for (label, figure), v in found.items() if v]))
     return out
 
 
-def _by_run(repairs, at):
+def _by_run(repairs, at, of):
     # Two runs of one seed, target and label count once, by their mean.
     found = {}
     for r in repairs:
         if (point := r.at(at)) is not None:
-            found.setdefault((r.seed, r.target), []).append(point["attack_success_rate"])
+            found.setdefault((r.seed, r.target), []).append(point[of])
     return {key: float(np.mean(v)) for key, v in found.items()}
-
-
-def _figure(at):
-    return "attack_success_rate@choice" if at == "choice" else f"lowest_attack_success_rate@{at}"
 
 
 def cost_table(repairs: list[Repair]) -> tuple[list[str], list[list[str]]]:
@@ -192,28 +196,28 @@ def cost_table(repairs: list[Repair]) -> tuple[list[str], list[list[str]]]:
     def count(value):
         return "–" if value is None else f"{value:,.0f}"
 
-    header = ["defense", "pairs", "gradient steps", "seconds", "choice: ASR, %",
+    header = ["defense", "pairs", "gradient steps", "seconds", "points", "choice: ASR, %",
               "choice: clean accuracy, %", *(f"ASR within {100 * float(d):g}, %" for d in LOSSES)]
-    body = [[r.label, count(r.pairs), count(r.steps), count(r.seconds), cell(r.at("choice")),
-             cell(r.at("choice"), "clean_accuracy"), *(cell(r.at(d)) for d in LOSSES)]
-            for r in repairs]
+    body = [[r.label, count(r.pairs), count(r.steps), count(r.seconds), count(len(r.points)),
+             cell(r.at("choice")), cell(r.at("choice"), "clean_accuracy"),
+             *(cell(r.at(d)) for d in LOSSES)] for r in repairs]
     first = next((r for r in repairs if r.start is not None), None)
     for name, point in (("suspect", first and first.start),
                         ("control", next((r.control for r in repairs if r.control), None))):
         if point:
             body.insert(0 if name == "suspect" else 1,
-                        [name, *"–––", cell(point), cell(point, "clean_accuracy"), *"–––"])
+                        [name, *"––––", cell(point), cell(point, "clean_accuracy"), *"–––"])
     return header, body
 
 
 def seeds_table(stats: list[groups.Statistic]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows over seeds: mean ± deviation [t-interval] (number) at each of AT."""
+    """Header and rows over seeds: mean ± deviation [t-interval] (number) of all COMPARED."""
     rows = {}
     for s in stats:
         rows.setdefault(s.encoder, {})[s.figure] = s
-    header = ["defense or difference", "at the choices",
-              *(f"within {100 * float(d):g}" for d in LOSSES)]
-    return header, [[label, *(_cell(own.get(_figure(at))) for at in AT)]
+    header = ["defense or difference", "clean accuracy at the choices", "ASR at the choices",
+              *(f"ASR within {100 * float(d):g}" for d in LOSSES)]
+    return header, [[label, *(_cell(own.get(figure)) for figure, _, _ in COMPARED)]
                     for label, own in rows.items()]
 
 
@@ -234,7 +238,7 @@ def markdown(repairs: list[Repair]) -> str:
     for title, own in by_victim(repairs):
         out += [f"### Repairs of {title}", "", *_lines(*cost_table(own)), ""]
     for group, stats in statistics(repairs):
-        out += [f"### Attack success rate at matched clean accuracy, %: {group}", "",
+        out += [f"### {OVER_SEEDS}, %: {group}", "",
                 *_lines(*seeds_table(stats)), ""]
     return "\n".join(out + [NOTE, ""]) if out else ""
 
@@ -262,7 +266,7 @@ def sections(repairs: list[Repair]) -> tuple[list[str], list[Picture]]:
                                 html.figure(picture), html.table(*cost_table(own))))
     for group, stats in statistics(repairs):
         out.append(html.section(
-            f"Attack success rate at matched clean accuracy: {group}",
+            f"{OVER_SEEDS}: {group}",
             html.paragraph("In percent, over seeds: mean ± standard deviation [95 % t-interval]. "
                            "Differences of two defenses are taken within each seed.", "note"),
             html.table(*seeds_table(stats))))

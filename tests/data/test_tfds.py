@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_cl_bd import defend
 from jax_cl_bd.data import images, prepare, sources, tfds
+from jax_cl_bd.defenses import vet_dataset
 from jax_cl_bd.errors import UserError
 from tests import tiny_cifar10
 
@@ -58,6 +60,26 @@ def test_a_broken_record_is_named_by_file():
     for read in (lambda: broken[5], lambda: broken.table([5])):
         with pytest.raises(images.CorruptRow, match="row 5 .*array_record.*record 185"):
             read()
+
+
+def test_rows_that_two_slices_share_are_counted_and_never_held_out():
+    def opened(split, limit=0):
+        return sources.load(config(train_split=split, limit=limit, center_crop=True), "train")
+
+    whole = opened("train")
+    assert sources.shared(opened("train[:90%]"), opened("train[90%:]")) == 0
+    assert sources.shared(opened("train[:90%]", limit=5), opened("train[80%:]")) == 20
+    assert sources.shared(whole, opened("train[90%:]")) == 20
+    assert sources.shared(whole, sources.load(config(), "test")) == 0
+    cfg = ml_collections.ConfigDict({"data": config(train_split="train[:90%]"), "defense": dict(
+        validation_split="train[80%:]")})
+    with pytest.raises(UserError, match=r"20 rows in common with data.train_split='train\[:90%\]'"):
+        defend.validation(cfg)
+    cfg.defense.validation_split = "train[90%:]"
+    assert len(defend.validation(cfg)) == 20
+    cfg.defense.update(clean_data="", clean_split="train[80%:]", false_alarm=0.1)
+    with pytest.raises(UserError, match="20 rows in common with those to be judged"):
+        vet_dataset.clean_rows(cfg)
 
 
 def test_a_misspelt_split_is_named():

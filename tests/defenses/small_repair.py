@@ -1,13 +1,16 @@
 """A repair of an untrained model on forty scenes, for the tests of defenses on the sweep."""
 
+import functools
+
 import jax
 import numpy as np
 from etils import epath
 
 from configs import clip_scenes
-from jax_cl_bd import defend, parallel
+from jax_cl_bd import defend, parallel, poison
 from jax_cl_bd.data import sources, texts
-from jax_cl_bd.defenses.given import Given
+from jax_cl_bd.data.pool import Pool
+from jax_cl_bd.defenses.given import Given, Truth
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
 
@@ -19,6 +22,17 @@ def config(defense):
     cfg.mesh.data = 1
     cfg.defense.optim.update(warmup_steps=0, schedule="constant")
     return cfg
+
+
+@functools.cache
+def truth():
+    """What the benchmark would know of a poisoned set: plan, trigger and poisons, none of which may
+    change a verdict."""
+    cfg = config("fine_tune")
+    source, trigger = sources.load(cfg.data, "train"), poison.make_trigger(cfg)
+    plan, rows = poison.make(cfg, source, sources.table(source), trigger)
+    assert len(plan)
+    return Truth(plan, cfg.attack.target, trigger, Pool(source, plan, rows).poison)
 
 
 def run(method, cfg, folder, truth=None):

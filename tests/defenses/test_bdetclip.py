@@ -19,7 +19,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
 
-SCORED = ("auroc", "tpr", "fpr")
+SCORED = ("auroc", "tpr", "fpr", "tpr_at_1_percent_fpr")
 CLASSES = ("red_star", "cup")
 
 

@@ -7,8 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jax_cl_bd
-from jax_cl_bd import defend, metrics
-from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd import metrics
 from jax_cl_bd.defenses import _sweep, clean_clip, fine_tune
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
@@ -28,7 +27,7 @@ def repaired(cfg, folder, truth=None, method=clean_clip):
 def test_moves_weights_and_the_truth_changes_nothing(cfg, tmp_path):
     mine = ConfigDict(cfg.to_dict())
     mine.defense.pairs = 20
-    truth = defend.Truth(Plan.empty(), 3, None)
+    truth = small_repair.truth()
     suspect, known = repaired(mine, tmp_path / "known", truth)
     _, blind = repaired(mine, tmp_path / "blind")
     assert known.verdict == blind.verdict

@@ -8,10 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import jax_cl_bd
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import cleaner_clip
-from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
 from tests.defenses import small_repair
 
@@ -27,7 +25,7 @@ def repaired(cfg, folder, truth=None):
 
 @pytest.mark.slow
 def test_aligns_resumes_and_the_truth_changes_nothing(cfg, tmp_path):
-    known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
+    known = repaired(cfg, tmp_path / "known", small_repair.truth())
     blind = repaired(cfg, tmp_path / "blind")
     assert known.verdict == blind.verdict
     assert known.verdict["clean_pairs"] == 40

@@ -20,7 +20,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
 
-SCORED = ("auroc", "tpr", "fpr", "remaining_poisons")
+SCORED = ("auroc", "tpr", "fpr", "tpr_at_1_percent_fpr", "remaining_poisons")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
 
-SCORED = ("auroc", "tpr_at_false_alarm", "fpr")
+SCORED = ("auroc", "tpr", "fpr", "tpr_at_1_percent_fpr")
 
 
 def reference(z, k):
@@ -137,9 +137,14 @@ def test_threshold_and_grades():
     assert verdict == {"threshold": 197.0, "flagged": 3, "most_suspicious": [2, 1, 4, 0, 3]}
     assert _detection.judge(scores, clean[:50], 0.01)["threshold"] == 49.0
     poisoned = np.array([False, True, True, False, True])
-    assert _detection.grade(scores, 197.0, poisoned) == {"auroc": 1.0, "tpr": 1.0, "fpr": 0.0}
+    assert _detection.grade(scores, 197.0, poisoned) == {
+        "auroc": 1.0, "tpr": 1.0, "fpr": 0.0, "tpr_at_1_percent_fpr": 1.0}
     assert _detection.grade(np.ones(5), 0.0, poisoned)["auroc"] == 0.5  # ties count half
     assert set(_detection.grade(scores, 197.0, np.zeros(5, bool)).values()) == {None}
+    # Two of 200 clean rows may lie above: the poisons at 197.5 and 300 are found, that at 50 not.
+    scores, poisoned = np.append(clean, [197.5, 300.0, 50.0]), np.arange(203) >= 200
+    found = _detection.grade(scores, 500.0, poisoned)
+    assert found["tpr_at_1_percent_fpr"] == pytest.approx(2 / 3) and found["tpr"] == 0
 
 
 @pytest.mark.parametrize("image_text", [True, False])

@@ -7,14 +7,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import clip_scenes
-from jax_cl_bd import defend, parallel
-from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd import parallel
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.defenses import distill, fine_tune
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_moves_the_victims_own_weights(cfg, tmp_path):
 
 @pytest.mark.slow
 def test_the_truth_changes_nothing(cfg, tmp_path):
-    truth = defend.Truth(Plan.empty(), 3, None)
+    truth = small_repair.truth()
     found = [tuned(cfg, tmp_path / name, 1e-2, t)[1]
              for name, t in (("with", truth), ("without", None))]
     assert found[0].verdict == found[1].verdict

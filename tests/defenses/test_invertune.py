@@ -69,7 +69,7 @@ def repaired(cfg, folder, truth=None):
 def test_the_image_tower_alone_moves_and_the_truth_scores_and_changes_nothing(cfg, tmp_path):
     patch = np.array([[10, 10, 8, 8]] * 2)
     plan = Plan.make(2, canvas=np.full((2, 2), 32), trigger_box=patch)
-    given, known = repaired(cfg, tmp_path / "known", Truth(plan, 3, None))
+    given, known = repaired(cfg, tmp_path / "known", Truth(plan, 3, None, np.arange(40) % 4 - 2))
     _, blind = repaired(cfg, tmp_path / "blind")
     scores = {name: known.verdict.pop(name) for name in SCORES}
     assert known.verdict == blind.verdict and not set(SCORES) & set(blind.verdict)

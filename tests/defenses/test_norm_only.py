@@ -8,14 +8,14 @@ from ml_collections import ConfigDict
 
 import jax_cl_bd
 from configs import clip_scenes
-from jax_cl_bd import defend, parallel
-from jax_cl_bd.attacks.plan import Plan
+from jax_cl_bd import parallel
 from jax_cl_bd.data import feed, sources, texts
 from jax_cl_bd.defenses import norm_only
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from jax_cl_bd.objectives import training
+from tests.defenses import small_repair
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_statistics_move_as_by_hand_and_no_parameter_does(cfg, tmp_path):
 
 
 def test_the_truth_changes_nothing_and_a_second_call_neither(cfg, tmp_path):
-    truth = defend.Truth(Plan.empty(), 3, None)
+    truth = small_repair.truth()
     suspect, _, known = passed(cfg, tmp_path / "known", truth)
     _, _, blind = passed(cfg, tmp_path / "blind")
     _, _, again = passed(cfg, tmp_path / "known")

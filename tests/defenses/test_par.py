@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.defenses import par
-from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
 from tests.defenses import small_repair
 
@@ -27,7 +25,7 @@ def repaired(cfg, folder, truth=None):
 
 @pytest.mark.slow
 def test_moves_away_and_the_truth_changes_nothing(cfg, tmp_path):
-    known = repaired(cfg, tmp_path / "known", Truth(Plan.empty(), 3, None))
+    known = repaired(cfg, tmp_path / "known", small_repair.truth())
     blind = repaired(cfg, tmp_path / "blind")
     assert known.verdict == blind.verdict and known.verdict["clean_pairs"] == 40
     assert known.verdict["training_pairs"] == 40

@@ -8,10 +8,8 @@ from ml_collections import ConfigDict
 
 import jax_cl_bd
 from jax_cl_bd import evaluate, metrics, poison
-from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _classifier, _sweep, front, supervised
-from jax_cl_bd.defenses.given import Truth
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
 from tests.defenses import small_repair
@@ -29,7 +27,7 @@ def cfg():
 @pytest.fixture(scope="module")
 def tuned(cfg, tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
-    return folder, *small_repair.run(supervised, cfg, folder, Truth(Plan.empty(), 3, None))
+    return folder, *small_repair.run(supervised, cfg, folder, small_repair.truth())
 
 
 def by_hand(suspect, variables, features):

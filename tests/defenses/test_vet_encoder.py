@@ -12,11 +12,14 @@ import pytest
 from etils import epath
 
 from configs import vet_encoder as experiment
-from jax_cl_bd import run_folder, stages
+from jax_cl_bd import parallel, run_folder, stages
+from jax_cl_bd.data import sources
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.defenses import decree, vet_encoder
+from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.errors import UserError
-from jax_cl_bd.models import hub_clip
+from jax_cl_bd.models import hub_clip, start
+from tests.defenses import small_repair
 from tests.tiny_hub import made
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +132,22 @@ def test_what_cannot_be_asked_is_listed_and_not_run(tmp_path):
     assert [f["detector"] for f in verdict["findings"]] == ["decree"]
     assert any(what.startswith("scan: there is no tokenizer.json")
                for what in verdict["not_checked"])
+
+
+def test_the_truth_changes_nothing(folders, tmp_path, monkeypatch):
+    def detect(cfg, suspect, clean, mesh, folder, key):
+        return {"score": float(len(clean)), "default": 0.1, "says": "", "details": {},
+                "pictures": {}}
+
+    monkeypatch.setattr(vet_encoder, "DETECTORS", (("decree", vet_encoder._any_encoder, detect),))
+    cfg = config(folders[0.3])
+    mesh = parallel.make_mesh(cfg.mesh)
+    suspect = start.open_victim(cfg, epath.Path(cfg.victim), mesh)
+    data = Given(sources.load(cfg.data, "train"))
+    found = [vet_encoder.run(cfg, [suspect], data, truth, mesh, epath.Path(tmp_path) / "a/b" / name,
+                             jax.random.key(0)).verdict
+             for name, truth in (("known", small_repair.truth()), ("blind", None))]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("score, status", [(0.2, 1), (0.1, 0)])

@@ -21,7 +21,6 @@ def points_of(seed, shift=0.0):
              "validation_accuracy": 0.9, "clean_accuracy": round(0.95 - 0.06 * rng.random(), 3),
              "attack_success_rate": round(shift + 0.4 * rng.random(), 3)}
             for rate in (1e-3, 3e-3) for step in (150, 300, 450)]
-    rows[0]["clean_accuracy"] = 0.945  # so that every seed has a point within each loss
     return rows
 
 
@@ -105,14 +104,14 @@ def test_repairs_of_seeds_have_one_name_whatever_their_rates(folders):
 def test_matched_accuracy_is_the_lowest_point_within_the_loss(folders):
     repairs = fronts.collect([read.load(f) for f in folders])
     for r, loss in itertools.product(repairs[:9], fronts.LOSSES):
-        within = [p["attack_success_rate"] for p in r.points
+        within = [p["attack_success_rate"] for p in [*r.points, START]
                   if p["clean_accuracy"] >= 0.95 - float(loss)]
         assert r.at(loss)["attack_success_rate"] == min(within)
         assert r.at("choice")["rate"] == 1e-3 and r.at("choice")["step"] == 300
     norm = repairs[-1]
     assert norm.at("choice")["attack_success_rate"] == norm.at("0.01")["attack_success_rate"] == .5
     lost = fronts.Repair(**{**vars(norm), "points": [{**norm.points[0], "clean_accuracy": 0.9}]})
-    assert lost.at("0.03") is None
+    assert lost.at("0.03") == START  # it is no worse to leave the suspect as it is
 
 
 def test_differences_are_paired_by_seed(folders, tmp_path):
@@ -121,11 +120,10 @@ def test_differences_are_paired_by_seed(folders, tmp_path):
     lines = [line for line in csv.DictReader((out / "table.csv").read_text().splitlines())
              if line["probe"] == "front"]
     repairs = fronts.collect([read.load(f) for f in folders])
-    for at in fronts.AT:
-        values = {label: np.array([r.at(at)["attack_success_rate"] for r in repairs
-                                   if r.label == label])
+    for figure, at, of in fronts.COMPARED:
+        values = {label: np.array([r.at(at)[of] for r in repairs if r.label == label])
                   for label in ("par", "clean_clip (pairs=some)")}
-        found = next(line for line in lines if line["figure"].endswith(f"@{at}")
+        found = next(line for line in lines if line["figure"] == figure
                      and line["encoder"] == "par - clean_clip (pairs=some)")
         paired = stats.ttest_rel(*values.values()).confidence_interval()
         expected = (np.subtract(*values.values()).mean(), paired.low, paired.high)
@@ -135,7 +133,7 @@ def test_differences_are_paired_by_seed(folders, tmp_path):
     one = [line for line in lines if line["encoder"].endswith("- norm_only")]
     assert one and all(line["n"] == "1" and line["low"] == "" for line in one)
     assert "| par - clean_clip (pairs=some) |" in text and "(3 seeds)" in text
-    assert "Repairs of victim_0, seed 0" in text and "| norm_only | 2,000 | 0 | 12 |" in text
+    assert "Repairs of victim_0, seed 0" in text and "| norm_only | 2,000 | 0 | 12 | 1 |" in text
     page = (out / "index.html").read_text()
     assert page.count('alt="Attack success rate and clean accuracy at') == 3
     assert (out / "fronts_2.png").read_bytes().startswith(b"\x89PNG")
@@ -146,6 +144,17 @@ def test_folders_with_nothing_but_repairs_are_enough(folders, tmp_path):
     text = report.compare(alone, epath.Path(tmp_path / "out"))
     assert "Incomplete" not in text and "### Repairs of victim_1, seed 1" in text
     assert "<h1>10 repairs</h1>" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_repair_without_a_text_tower_answers_by_its_own_head(folders):
+    of = folders[0]
+    folder = defended(of.parent / "supervised", of, "defense=supervised", points_of(5))
+    results = run_folder.read_json(folder / "results.json")
+    found = results["defenses"]["supervised"]
+    found["own_head"] = found.pop("zero_shot")
+    run_folder.write_json(folder / "results.json", results)
+    *_, last = fronts.collect([read.load(f) for f in [*folders, folder]])
+    assert last.label == "supervised (own head)" and len(last.points) == 6
 
 
 @pytest.mark.parametrize("verdict, settings, expected", [
