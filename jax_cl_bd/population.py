@@ -213,7 +213,8 @@ def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> 
     with cfg_train.unlocked():
         cfg_train.batch_size = cfg.train.batch_size * len(todo)
     state = fit(step, state, shardings, batches, folder=place, steps=steps, cfg_train=cfg_train,
-                mesh=mesh, label=f"pretrain {len(todo)} encoders")
+                mesh=mesh, label=f"pretrain {len(todo)} encoders",
+                members=[_name(m, folder) for m in todo])
     for i, m in enumerate(todo):
         if not run_folder.is_done(m.folder / "pretrain"):
             _leave(m, i, jax.tree.map(lambda x: x[i], state), steps, place)

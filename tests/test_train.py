@@ -13,7 +13,7 @@ from jax import monitoring
 
 from jax_cl_bd import checkpoint
 from jax_cl_bd.train import Interrupted, NonFinite
-from tests.toy_loop import DATA, Feed, losses, run, step_fn
+from tests.toy_loop import DATA, Feed, init, losses, run, step_fn
 
 
 def test_five_and_five_steps_equal_ten(tmp_path):
@@ -96,6 +96,27 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(NonFinite, match=r"state after step 8 is not finite.*that of step 6"):
         run(tmp_path, 20, step=breaks, save_every=2)
     assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 6
+
+
+@pytest.mark.parametrize("what, dispatch, saved", [("loss", 1, 7), ("loss", 5, 5), ("state", 1, 7)])
+def test_of_models_trained_together_the_one_that_diverges_is_named(tmp_path, what, dispatch, saved):
+    """Of four, the second at step 8."""
+    def first(key):
+        return jax.vmap(init)(jax.random.split(key, 4))
+
+    def step(state, data, batch):
+        state, values = jax.vmap(step_fn, in_axes=(0, None, None))(state, data, batch)
+        bad = jnp.where((state.step == 8) & (jnp.arange(4) == 1), jnp.nan, 1.0)
+        if what == "state":
+            state = state.replace(params={"w": state.params["w"] * bad[:, None]})
+        loss = values["loss"] * (bad if what == "loss" else 1)
+        return state, {f"{i}/loss": loss[i] for i in range(4)} | {"loss": loss.mean()}
+
+    with pytest.raises(NonFinite, match=rf"{what} .*step 8 is (nan|not finite), of seed=1; .*that "
+                                        f"of step {saved}.*leave out what diverges"):
+        run(tmp_path, 20, step=step, first=first, dispatch=dispatch, save_every=1,
+            members=[f"seed={i}" for i in range(4)])
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == saved
 
 
 @pytest.mark.parametrize("at", [5, 10])

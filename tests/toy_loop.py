@@ -47,15 +47,15 @@ def step_fn(state, data, batch, *, bad_step=-1):
 
 
 def run(folder, steps, *, step=step_fn, dispatch=1, save_every=5, evaluate=None, log_every=5,
-        eval_every=5, around=contextlib.nullcontext, refresh=None):
+        eval_every=5, around=contextlib.nullcontext, refresh=None, first=init, members=()):
     mesh = parallel.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
-    state, shardings = born_sharded(init, jax.random.key(3), mesh)
+    state, shardings = born_sharded(first, jax.random.key(3), mesh)
     cfg = ConfigDict({"log_every": log_every, "save_every": save_every, "batch_size": 8,
                       "eval_every": eval_every if evaluate else 0, "steps_per_dispatch": dispatch})
     with around():
         return fit(step, state, shardings, Feed(), folder=epath.Path(folder), steps=steps,
                    cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate,
-                   refresh=refresh)
+                   refresh=refresh, members=members)
 
 
 def losses(folder):
