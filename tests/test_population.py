@@ -118,6 +118,31 @@ def test_a_member_that_diverges_is_named(tmp_path, monkeypatch):
         population.run(members, epath.Path(tmp_path), ["poison", "pretrain"])
 
 
+@pytest.mark.parametrize("left", [["settings.json"], ["checkpoints/4/state"],
+                                  ["settings.json", "metrics.jsonl"]])
+def test_a_removal_that_was_killed_trains_nothing_again(tmp_path, monkeypatch, capsys, left):
+    """All members have their checkpoints, and `left` is what is left of those together."""
+    folder, members = epath.Path(tmp_path), population.configs(config(), ["seed=0,1"])
+    every = [population.Member(folder / n, cfg, None, 1) for n, cfg in members.items()]
+    monkeypatch.setattr(population, "_members", lambda members, folder: every)
+    for m in every:
+        run_folder.finish(m.folder / "pretrain", population._settings(m.cfg), step=4)
+    place = folder / "together"
+    for name in left:
+        run_folder.write_json(place / name, {"members": list(members)})
+    population.train(members, folder)
+    assert capsys.readouterr().out == "pretrain: complete\n" and not place.exists()
+
+
+def test_what_is_begun_is_kept_until_all_are_complete(tmp_path):
+    place = epath.Path(tmp_path / "together")
+    run_folder.write_json(place / "settings.json", {"members": ["a", "a/control"]})
+    run_folder.finish(epath.Path(tmp_path / "a" / "pretrain"), {})
+    assert population._begun(place) == ["a", "a/control"] and place.exists()
+    run_folder.finish(epath.Path(tmp_path / "a" / "control" / "pretrain"), {})
+    assert population._begun(place) is None and not place.exists()
+
+
 def test_members_that_devices_cannot_share_are_refused(tmp_path):
     cfg = config().copy_and_resolve_references().unlock()
     cfg.mesh.data = 4
