@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 
 import orbax.checkpoint as ocp
@@ -12,6 +13,11 @@ from jax_cl_bd import multihost, run_folder
 
 KEEP = 2  # the newest, and the one to fall back on
 DIGESTS = "digests.json"
+# tensorstore says by a ValueError what a storage refused; it begins with one of these, or has the
+# number of a local file system's error.
+REFUSED = re.compile("(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|"
+                     "DEADLINE_EXCEEDED|ABORTED|DATA_LOSS|NOT_FOUND): ")
+NUMBER = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 def open_manager(folder: epath.Path) -> ocp.CheckpointManager:
@@ -26,16 +32,30 @@ def _absolute(folder: epath.Path) -> epath.Path:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
-    """Saves a state, then, last and atomically, the SHA-256 of every file of the step."""
+    """Saves a state, then, last and atomically, the SHA-256 of every file of the step.
+
+    Raises:
+        OSError: the storage refused; it names the step.
+    """
     try:
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         manager.wait_until_finished()
-    except ValueError as error:  # tensorstore's word for what the file system refused
-        raise OSError(f"step {step} could not be saved in {manager.directory}: {error}") from None
-    if multihost.is_writer():
-        folder = manager.directory / str(step)
-        run_folder.write_json(folder / DIGESTS, _digests(folder))
+        if multihost.is_writer():
+            folder = manager.directory / str(step)
+            run_folder.write_json(folder / DIGESTS, _digests(folder))
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not _refused(error):
+            raise
+        refused = OSError(f"step {step} could not be saved in {manager.directory}: {error}")
+        number = NUMBER.search(str(error))
+        refused.errno = int(number[1]) if number else getattr(error, "errno", None)
+        raise refused from None
     multihost.wait("digests")
+
+
+def _refused(error: ValueError) -> bool:
+    """Whether tensorstore raised it for what a file system or an object store refused."""
+    return bool(REFUSED.match(str(error)) or NUMBER.search(str(error)))
 
 
 def _digests(folder: epath.Path) -> dict[str, str]:

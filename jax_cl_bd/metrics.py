@@ -7,6 +7,8 @@ import time
 from etils import epath
 from tqdm import tqdm
 
+from jax_cl_bd import run_folder
+
 
 class Writer:
     """Appends one JSON line per call; opened at a step, it first cuts later lines away."""
@@ -24,8 +26,9 @@ class Writer:
 
     def _rewrite(self) -> None:
         temporary = self.path.parent / ".metrics.jsonl.partial"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        temporary.replace(self.path)
+        with run_folder.naming(self.path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            temporary.replace(self.path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds a line; a local file is appended to, an object store is written anew."""
@@ -34,7 +37,7 @@ class Writer:
         if "://" in str(self.path):
             self._rewrite()
         else:
-            with open(self.path, "a") as file:
+            with run_folder.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.events is not None:
             for key, value in values.items():

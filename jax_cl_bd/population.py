@@ -186,8 +186,7 @@ def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> 
     been given their checkpoints already.
     """
     place, every = folder / TOGETHER, _members(members, folder)
-    begun = (run_folder.read_json(place / "settings.json")["members"]
-             if (place / "settings.json").exists() else None)
+    begun = _begun(place)
     todo = [m for m in every if (_name(m, folder) in begun if begun
                                  else not run_folder.is_done(m.folder / "pretrain"))]
     if not todo:
@@ -213,11 +212,24 @@ def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> 
     with cfg_train.unlocked():
         cfg_train.batch_size = cfg.train.batch_size * len(todo)
     state = fit(step, state, shardings, batches, folder=place, steps=steps, cfg_train=cfg_train,
-                mesh=mesh, label=f"pretrain {len(todo)} encoders")
+                mesh=mesh, label=f"pretrain {len(todo)} encoders",
+                members=[_name(m, folder) for m in todo])
     for i, m in enumerate(todo):
         if not run_folder.is_done(m.folder / "pretrain"):
             _leave(m, i, jax.tree.map(lambda x: x[i], state), steps, place)
     place.rmtree()
+
+
+def _begun(place: epath.Path) -> list[str] | None:
+    """The members that were begun together and are not all complete. What else lies in `place` is
+    the rest of a removal that was interrupted, and is removed."""
+    mark = place / "settings.json"
+    begun = run_folder.read_json(mark)["members"] if mark.exists() else []
+    if not all(run_folder.is_done(place.parent / name / "pretrain") for name in begun):
+        return begun
+    if place.exists():
+        place.rmtree()
+    return None
 
 
 def _name(member, folder):

@@ -34,10 +34,23 @@ NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every",
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial"
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path) -> Iterator[None]:
+    """Lets an error of the file system name the file; that of a write, on a full disk say, names
+    none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json(path: epath.Path) -> Any:

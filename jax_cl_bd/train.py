@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax
@@ -63,7 +63,8 @@ def compile_step(step_fn: Callable, shardings, steps_per_dispatch: int = 1) -> C
 def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.Path, steps: int,
         cfg_train, mesh, label: str,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-        refresh: Callable[[TrainState, Any, int], TrainState] | None = None) -> TrainState:
+        refresh: Callable[[TrainState, Any, int], TrainState] | None = None,
+        members: Sequence[str] = ()) -> TrainState:
     """Trains to `steps`, continuing from the newest good checkpoint in `folder`.
 
     Args:
@@ -77,13 +78,15 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         refresh: (state, data, steps done) -> state, asked outside jit before every dispatch; it
             knows itself when it has something to do, and gives the same bits for the same state. A
             checkpoint is that of the state before, so that a resumed run asks again.
+        members: names of models that are trained together, of which the i-th has the i-th row of
+            every leaf of the state, and its own loss among the metrics as "i/loss".
 
     Returns:
         The state after `steps` steps, saved.
 
     Raises:
         NonFinite: the loss of a step is not finite, or the state that was to be saved; the step is
-            named.
+            named, and of several models those whose it is.
         Interrupted: after SIGTERM or SIGINT, once the state is saved; of several processes each
             raises it, at the next logged step.
     """
@@ -134,7 +137,7 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                 # Several processes must save at one step, and ask each other only now and then.
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:
-                    last = _read(unread, label, folder, saved)
+                    last = _read(unread, label, folder, saved, members)
                     unread = []
                     progress.update(0, f"loss {last['train/loss']:.4f}")
                 if due["log"]:
@@ -143,7 +146,7 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                         and not interrupted):  # who sent a signal may not wait that long
                     writer.write(step, evaluate(state))
                 if due["save"] or interrupted:
-                    saved = _save(manager, step, state, label, folder, saved)
+                    saved = _save(manager, step, state, label, folder, saved, members)
                 if due["log"]:
                     watch.reset(step)
                 if interrupted or (alone and stop and step == steps):
@@ -153,10 +156,12 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
     return state
 
 
-def _save(manager, step, state, label, folder, saved) -> int:
+def _save(manager, step, state, label, folder, saved, members) -> int:
     """Saves a state that is finite; gives its step."""
     if not jax.device_get(_finite(state)):
-        raise NonFinite(_no_number(label, f"the state after step {step} is not finite", folder,
+        bad = [name for i, name in enumerate(members)
+               if not jax.device_get(_finite(jax.tree.map(lambda x, i=i: x[i], state)))]
+        raise NonFinite(_no_number(label, f"the state after step {step} is not finite", bad, folder,
                                    saved))
     checkpoint.save(manager, step, state)
     return step
@@ -181,21 +186,28 @@ def _dispatches(batches: Iterator, start: int, steps: int, dispatch: int):
         yield step, count, parts[0] if count == 1 else jax.tree.map(lambda *a: np.stack(a), *parts)
 
 
-def _read(unread: list, label: str, folder: epath.Path, saved: int) -> dict[str, float]:
+def _read(unread: list, label: str, folder: epath.Path, saved: int,
+          members: Sequence[str]) -> dict[str, float]:
     """Fetches the metrics of the steps since the last look; the last step's are returned."""
     fetched = jax.device_get([values for _, values in unread])
     for (step, _), values in zip(unread, fetched):
         losses = np.atleast_1d(values["loss"])
         if not np.isfinite(losses).all():
-            bad = step - losses.size + 1 + int(np.flatnonzero(~np.isfinite(losses))[0])
-            what = f"the loss of step {bad} is {losses[~np.isfinite(losses)][0]}"
-            raise NonFinite(_no_number(label, what, folder, saved))
+            at = int(np.flatnonzero(~np.isfinite(losses))[0])
+            bad = [name for i, name in enumerate(members)
+                   if not np.isfinite(np.atleast_1d(values[f"{i}/loss"])[at])]
+            what = f"the loss of step {step - losses.size + 1 + at} is {losses[at]}"
+            raise NonFinite(_no_number(label, what, bad, folder, saved))
     return {f"train/{k}": float(np.atleast_1d(v)[-1]) for k, v in fetched[-1].items()}
 
 
-def _no_number(label: str, what: str, folder: epath.Path, saved: int) -> str:
-    return (f"{label}: {what}; the last checkpoint in {folder / 'checkpoints'} is that of step "
-            f"{saved}. Lower optim.lr or add optim.warmup_steps in a new --workdir; the same "
+def _no_number(label: str, what: str, bad: list[str], folder: epath.Path, saved: int) -> str:
+    """`bad`: which of several models are meant."""
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    who = f", of {', '.join(bad[:3])}{more}" if bad else ""
+    return (f"{label}: {what}{who}; the last checkpoint in {folder / 'checkpoints'} is that of "
+            f"step {saved}. Lower optim.lr or add optim.warmup_steps"
+            f"{', or leave out what diverges,' if bad else ''} in a new --workdir; the same "
             "command would repeat it")
 
 

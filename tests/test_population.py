@@ -9,6 +9,7 @@ from configs import clip_scenes, quickstart
 from jax_cl_bd import metrics, population, run_folder, stages
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
+from jax_cl_bd.train import NonFinite
 
 
 def config(**train):
@@ -95,6 +96,51 @@ def test_members_of_other_objectives_and_attacks(experiment, vary, devices, tmp_
         stages.run(run_folder.read_config(folder / name), single, ["poison", "pretrain"])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
                      weights(folder / name), weights(single))
+
+
+@pytest.mark.slow
+def test_a_member_that_diverges_is_named(tmp_path, monkeypatch):
+    """Of two victims and their twins, the twin of the second."""
+    made = population.step_of
+
+    def step_of(*args):
+        step, init = made(*args)
+
+        def broken(keys):
+            state = init(keys)
+            return state.replace(params=jax.tree.map(lambda x: x.at[3].set(jax.numpy.nan),
+                                                     state.params))
+        return step, broken
+
+    monkeypatch.setattr(population, "step_of", step_of)
+    members = population.configs(config(), ["seed=0,1"])
+    with pytest.raises(NonFinite, match="4 encoders: the loss of step 1 is nan, of seed=1/control"):
+        population.run(members, epath.Path(tmp_path), ["poison", "pretrain"])
+
+
+@pytest.mark.parametrize("left", [["settings.json"], ["checkpoints/4/state"],
+                                  ["settings.json", "metrics.jsonl"]])
+def test_a_removal_that_was_killed_trains_nothing_again(tmp_path, monkeypatch, capsys, left):
+    """All members have their checkpoints, and `left` is what is left of those together."""
+    folder, members = epath.Path(tmp_path), population.configs(config(), ["seed=0,1"])
+    every = [population.Member(folder / n, cfg, None, 1) for n, cfg in members.items()]
+    monkeypatch.setattr(population, "_members", lambda members, folder: every)
+    for m in every:
+        run_folder.finish(m.folder / "pretrain", population._settings(m.cfg), step=4)
+    place = folder / "together"
+    for name in left:
+        run_folder.write_json(place / name, {"members": list(members)})
+    population.train(members, folder)
+    assert capsys.readouterr().out == "pretrain: complete\n" and not place.exists()
+
+
+def test_what_is_begun_is_kept_until_all_are_complete(tmp_path):
+    place = epath.Path(tmp_path / "together")
+    run_folder.write_json(place / "settings.json", {"members": ["a", "a/control"]})
+    run_folder.finish(epath.Path(tmp_path / "a" / "pretrain"), {})
+    assert population._begun(place) == ["a", "a/control"] and place.exists()
+    run_folder.finish(epath.Path(tmp_path / "a" / "control" / "pretrain"), {})
+    assert population._begun(place) is None and not place.exists()
 
 
 def test_members_that_devices_cannot_share_are_refused(tmp_path):

@@ -1,6 +1,5 @@
 """The loop: resume, dispatches, signals, non-finite losses; with a model that compiles at once."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,63 +7,13 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from etils import epath
 from jax import monitoring
-from ml_collections import ConfigDict
 
-from jax_cl_bd import checkpoint, parallel
-from jax_cl_bd.train import Interrupted, NonFinite, TrainState, born_sharded, fit
-
-TX = optax.sgd(0.1, momentum=0.9)
-DATA = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-
-
-class Feed:
-    data = {"rows": DATA}
-
-    def batches(self, step):
-        while True:
-            yield {"index": np.random.default_rng(step).integers(0, 64, 8).astype(np.int32)}
-            step += 1
-
-
-def init(key):
-    params = {"w": jax.random.normal(key, (3,))}
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats={},
-                      opt_state=TX.init(params), extra={}, key=key)
-
-
-def step_fn(state, data, batch, *, bad_step=-1):
-    x = data["rows"][batch["index"]]
-    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (8,))
-
-    def loss_of(params):
-        return jnp.mean((x @ params["w"] - 1 + 0.1 * noise) ** 2)
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = TX.update(grads, state.opt_state)
-    loss = jnp.where(state.step + 1 == bad_step, jnp.nan, loss)
-    return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                         opt_state=opt_state), {"loss": loss}
-
-
-def run(folder, steps, *, step=step_fn, dispatch=1, save_every=5, evaluate=None, log_every=5,
-        eval_every=5, around=contextlib.nullcontext, refresh=None):
-    mesh = parallel.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
-    state, shardings = born_sharded(init, jax.random.key(3), mesh)
-    cfg = ConfigDict({"log_every": log_every, "save_every": save_every, "batch_size": 8,
-                      "eval_every": eval_every if evaluate else 0, "steps_per_dispatch": dispatch})
-    with around():
-        return fit(step, state, shardings, Feed(), folder=epath.Path(folder), steps=steps,
-                   cfg_train=cfg, mesh=mesh, label="test", evaluate=evaluate,
-                   refresh=refresh)
-
-
-def losses(folder):
-    lines = [json.loads(t) for t in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+from jax_cl_bd import checkpoint
+from jax_cl_bd.train import Interrupted, NonFinite
+from tests.toy_loop import DATA, Feed, init, losses, run, step_fn
 
 
 def test_five_and_five_steps_equal_ten(tmp_path):
@@ -147,6 +96,27 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(NonFinite, match=r"state after step 8 is not finite.*that of step 6"):
         run(tmp_path, 20, step=breaks, save_every=2)
     assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 6
+
+
+@pytest.mark.parametrize("what, dispatch, saved", [("loss", 1, 7), ("loss", 5, 5), ("state", 1, 7)])
+def test_of_models_trained_together_the_one_that_diverges_is_named(tmp_path, what, dispatch, saved):
+    """Of four, the second at step 8."""
+    def first(key):
+        return jax.vmap(init)(jax.random.split(key, 4))
+
+    def step(state, data, batch):
+        state, values = jax.vmap(step_fn, in_axes=(0, None, None))(state, data, batch)
+        bad = jnp.where((state.step == 8) & (jnp.arange(4) == 1), jnp.nan, 1.0)
+        if what == "state":
+            state = state.replace(params={"w": state.params["w"] * bad[:, None]})
+        loss = values["loss"] * (bad if what == "loss" else 1)
+        return state, {f"{i}/loss": loss[i] for i in range(4)} | {"loss": loss.mean()}
+
+    with pytest.raises(NonFinite, match=rf"{what} .*step 8 is (nan|not finite), of seed=1; .*that "
+                                        f"of step {saved}.*leave out what diverges"):
+        run(tmp_path, 20, step=step, first=first, dispatch=dispatch, save_every=1,
+            members=[f"seed={i}" for i in range(4)])
+    assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == saved
 
 
 @pytest.mark.parametrize("at", [5, 10])

@@ -60,7 +60,8 @@ def test_a_planted_patch_gives_a_small_mask_and_a_clean_encoder_a_large_one(cfg,
     assert not clean.verdict["backdoored"] and found.variables is None
     assert (tmp_path / "planted" / "inverted.png").exists()
     truth = Truth(None, 3, None, None)
-    assert inverted(cfg, 300.0, tmp_path / "told", truth).verdict == found.verdict
+    again = inverted(cfg, 300.0, tmp_path / "planted", truth)  # over a finished folder
+    assert again.verdict == found.verdict
 
 
 def test_the_controller_counts_and_keeps_the_smallest_mask():

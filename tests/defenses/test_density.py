@@ -165,8 +165,8 @@ def test_a_run_in_debug_mode_decides_without_the_truth(tmp_path, image_text):
     victim = encoder.of_parts(cfg, start, mesh, image_text and texts.make_tokenizer(cfg, source))
     truths = {"known": Truth(plan, 3, None, pool.poison), "blind": None,
               "clean": Truth(plan, 3, None, np.full(len(pool), -1))}
-    found = {name: density.run(cfg, [victim], given, truth, mesh, epath.Path(tmp_path / name),
-                               jax.random.key(0)) for name, truth in truths.items()}
+    found = {name: density.run(cfg, [victim], given, truth, mesh, epath.Path(tmp_path),
+                               jax.random.key(0)) for name, truth in truths.items()}  # one folder
     known, blind = found["known"].verdict, found["blind"].verdict
     expected = known.pop("expected_poisons_per_batch")
     assert expected == 4.0 if image_text else 3 < expected < 5
@@ -179,12 +179,12 @@ def test_a_run_in_debug_mode_decides_without_the_truth(tmp_path, image_text):
     assert known["clean_rows"] == known["clean_rows_in_pool"] == 50
     assert json.loads(json.dumps(known)) == known
     assert found["known"].variables is None
-    with np.load(tmp_path / "known" / "scores.npz") as kept:
+    with np.load(tmp_path / "scores.npz") as kept:
         for name in density.SCORES:
             assert (kept[name] > known[name]["threshold"]).sum() == known[name]["flagged"]
     (name,) = found["known"].report["pictures"]
     side = victim.image_size * -(-64 // victim.image_size)
-    assert Image.open(tmp_path / "known" / name).size == (12 * side, 4 * side)
+    assert Image.open(tmp_path / name).size == (12 * side, 4 * side)
 
 
 def test_bad_settings_are_refused():

@@ -1,20 +1,32 @@
-"""What the sweep leaves behind; the repairs on it are tested under their own names."""
+"""The sweep: what it leaves behind, and that it goes on where it was stopped.
+
+The repairs on it are tested under their own names.
+"""
 
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
 from configs import clip_scenes
-from jax_cl_bd import run_folder
+from jax_cl_bd import checkpoint, parallel, run_folder
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.errors import UserError
+from jax_cl_bd.models import weights_file
+from jax_cl_bd.train import TrainState
+from tests import toy_loop
 
 
 class Tokenizer:
     def save(self, path):
         path.write_text("{}")
+
+
+SUSPECT = types.SimpleNamespace(pair=types.SimpleNamespace(tokenizer=Tokenizer()))
 
 
 @pytest.mark.parametrize("objective", ["clip", "siglip"])
@@ -23,9 +35,8 @@ def test_a_repaired_model_is_kept_under_the_victims_own_loss(tmp_path, objective
     own = _sweep.described(_sweep.with_loss(cfg, "invertune", align=1.0))
     assert own.objective.name == "invertune" and own.objective.align == 1.0
     assert cfg.objective.name == objective
-    suspect = types.SimpleNamespace(pair=types.SimpleNamespace(tokenizer=Tokenizer()))
     variables = {"params": {"encoder": {"w": np.ones(2, np.float32)}}, "batch_stats": {}}
-    _sweep.keep(epath.Path(tmp_path), own, variables, 3, suspect)
+    _sweep.keep(epath.Path(tmp_path), own, variables, 3, SUSPECT)
     kept = run_folder.read_config(epath.Path(tmp_path))
     assert kept.objective.name == objective and "base" not in kept.objective
     assert (tmp_path / "checkpoints" / "3").exists()
@@ -40,3 +51,101 @@ def test_what_builds_on_clips_loss_refuses_another():
         _sweep.check_clip(cfg, "defense.x=1")
     with pytest.raises(UserError, match="15 clean pairs are fewer"):
         _sweep.check_batch(cfg, 15)
+
+
+class Stop(Exception):
+    """In place of a kill."""
+
+
+def swept(folder, stop=lambda what: None):
+    """_sweep.train at two rates, four steps each, with a model that compiles at once; `stop` is
+    told of every batch and of every look, and may raise."""
+    cfg = clip_scenes.get_config("debug,defense=clean_clip")
+    cfg.mesh.data = 1
+    cfg.defense.update(rates=(0.01, 0.1), steps=4, points=2)
+    cfg.defense.optim.update(warmup_steps=0, schedule="constant")
+
+    def first(tx):
+        params = {"encoder": {"w": jnp.ones(3)}}
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, extra={},
+                          batch_stats={"encoder": {"mean": jnp.zeros(3)}},
+                          opt_state=tx.init(params), key=jax.random.key(1))
+
+    def make_step(tx):
+        def step(state, data, batch):
+            x = data["rows"][batch["index"]]
+            noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (len(x),))
+            loss, grads = jax.value_and_grad(
+                lambda p: jnp.mean((x @ p["encoder"]["w"] - noise) ** 2))(state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return state.replace(
+                step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                batch_stats={"encoder": {"mean": x.mean(0)}}, opt_state=opt_state), {"loss": loss}
+        return step
+
+    class Feed(toy_loop.Feed):
+        def batches(self, step):
+            for batch in super().batches(step):
+                stop("batch")
+                yield batch
+
+    def accuracy(variables):
+        stop("look")
+        return float(1 / (1 + np.abs(variables["params"]["encoder"]["w"]).sum()))
+
+    return _sweep.train(cfg, _sweep.described(cfg), SUSPECT, Feed(), first=first,
+                        make_step=make_step, accuracy=accuracy, before=0.25,
+                        mesh=parallel.make_mesh(cfg.mesh), folder=epath.Path(folder), label="test")
+
+
+def same(one, other, folders):
+    """Whether two sweeps gave and left the same, to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
+    assert [p.row() for p in one[2]] == [p.row() for p in other[2]]
+    files = [sorted(folder.rglob("*.safetensors")) for folder in folders]
+    assert len(files[0]) == 4  # and no temporary one
+    for ours, theirs in zip(*files, strict=True):
+        assert ours.relative_to(folders[0]) == theirs.relative_to(folders[1])
+        (ours, facts), (theirs, expected) = (weights_file.read(epath.Path(p))
+                                             for p in (ours, theirs))
+        assert facts == expected and ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, swept(folder)
+
+
+@pytest.mark.parametrize("what, count, saved", [("batch", 7, 2), ("look", 4, 3), ("save", 7, 2),
+                                                ("save", 9, None)])
+def test_stopped_at_the_second_rate_it_goes_on_to_the_same_bits(
+        tmp_path, monkeypatch, capsys, undisturbed, what, count, saved):
+    """Before a batch of it, a look at a point, or a checkpoint; the ninth is the chosen point's."""
+    told = []
+
+    def stop(now):
+        told.append(now)
+        if now == what and told.count(now) == count:
+            raise Stop
+
+    def save(*args, really=checkpoint.save):
+        stop("save")
+        really(*args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(Stop):
+        swept(tmp_path, stop)
+    points = list((tmp_path / "rate_0.01" / "points").iterdir())
+    written = [p.stat().st_mtime_ns for p in points]
+    capsys.readouterr()
+    found = swept(tmp_path, stop)
+    said = [line for line in capsys.readouterr().out.splitlines() if "going on" in line]
+    assert said == ([] if saved is None else [f"test, rate 0.1: going on from step {saved}"])
+    same(found, undisturbed[1], (tmp_path, undisturbed[0]))
+    assert [p.stat().st_mtime_ns for p in points] == written  # of the first rate, made once
+    before = len(told)
+    same(swept(tmp_path, stop), found, (tmp_path, undisturbed[0]))
+    assert len(told) == before  # a finished one is only read
