@@ -10,17 +10,20 @@ PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
 TESTS := JAX_PLATFORMS=cpu $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-test test test-all test-parity drill lint bench bench-torch bench-gpu clean
+.PHONY: help quickstart install install-test test test-all test-parity test-tpu-compile drill lint \
+	bench bench-torch bench-gpu clean
 
 help:
 	@echo "make quickstart   install into $(VENV), run configs/quickstart.py into runs/quickstart"
 	@echo "make test         the tests (CPU only)"
-	@echo "make test-all     the slow tests too; GPU and TPU ones where there is such a device"
+	@echo "make test-all     the slow tests too"
 	@echo "make test-parity  the tests against PyTorch and transformers (installs them)"
+	@echo "make test-tpu-compile  the test that compiles a step for TPUs (installs libtpu; needs no TPU)"
 	@echo "make drill        kill -9 at random moments, KILLS=100 of them; resumed to the same bits"
 	@echo "make bench        images per second: whole step, feed, augmentation, layout solver"
 	@echo "make bench-torch  our step against PyTorch's on this CPU (installs PyTorch)"
-	@echo "make bench-gpu    the same on a GPU, and PyTorch with CPU augmentation; meant for 10 minutes"
+	@echo "make bench-gpu    the same on a GPU, and PyTorch with CPU augmentation; meant for 10 minutes;"
+	@echo "                  BENCH_PYTHON=python3 runs it in an environment that is there already"
 	@echo "make lint         ruff"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
 	@echo "PYTHON=/path/to/python3.12 chooses the Python of $(VENV)"
@@ -39,6 +42,9 @@ test-all: install-test
 test-parity: install-test $(VENV)/.installed-parity
 	$(TESTS) -q -rs $$(grep -rlE "importorskip\(.(torch|transformers)" tests --include=*.py)
 
+test-tpu-compile: install-test $(VENV)/.installed-tpu
+	$(TESTS) -q -rs tests/test_compile_for.py -k libtpu
+
 drill: install-test
 	$(RUN) -m tests.drill --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
 
@@ -52,11 +58,12 @@ bench: install
 bench-torch: install $(VENV)/.installed-peers
 	JAX_PLATFORMS=cpu $(RUN) -m tests.bench_torch
 
-bench-gpu: install $(VENV)/.installed-gpu $(VENV)/.installed-peers
-	$(RUN) -m tests.bench_torch --gpu
+# BENCH_PYTHON: a Python that has JAX for CUDA, PyTorch and the rest already; nothing is installed.
+bench-gpu: $(if $(BENCH_PYTHON),,install $(VENV)/.installed-gpu $(VENV)/.installed-peers)
+	$(or $(BENCH_PYTHON),$(RUN)) -m tests.bench_torch --gpu --json=$(or $(JSON),runs/bench_gpu.json)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .bench_cache
 	find . -name __pycache__ -not -path "./.git/*" -prune -exec rm -rf {} +
 
 install: $(VENV)/.installed

@@ -10,9 +10,11 @@ from etils import epath
 
 from jax_cl_bd import flops
 
-# Dense bf16 peak of a device, FLOP/s, by the beginning of its name: NVIDIA's data sheets (without
-# sparsity) and docs.cloud.google.com/tpu/docs. MFU of other devices is not known.
-PEAKS = (("NVIDIA H100", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100", 312e12),
+# Dense bf16 peak of a device, FLOP/s, by the beginning of its name, the first that fits: NVIDIA's
+# data sheets of the H100 (SXM, PCIe, NVL), H200 (SXM, NVL) and A100, half of their figures with
+# sparsity, and docs.cloud.google.com/tpu/docs. MFU of other devices is not known.
+PEAKS = (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100", 989e12),
+         ("NVIDIA H200 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA A100", 312e12),
          ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12),
          ("TPU v6", 918e12))
 STARVES = 0.2  # share of the time at the feed that is worth a warning

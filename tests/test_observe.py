@@ -1,5 +1,7 @@
 """What training says of its own cost."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,6 +66,16 @@ def test_a_feed_that_keeps_up_is_not(capsys, clock, monkeypatch):
     for found in look(watch, watch.timed(clock.feed(0.5)), clock, 4):
         assert found["feed_wait"] == pytest.approx(1 / 7)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12), ("NVIDIA T4", None)])
+def test_the_peak_is_that_of_the_very_card(monkeypatch, name, peak):
+    device = types.SimpleNamespace(device_kind=name)
+    monkeypatch.setattr(observe.jax, "devices", lambda: [device])
+    assert observe.peak_flops() == peak
 
 
 def test_mfu_is_flops_over_the_peak_of_known_devices(monkeypatch, clock):

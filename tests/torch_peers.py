@@ -197,7 +197,9 @@ class Step:
                                             fused=fused) if o.name == "adamw" else
                           torch.optim.SGD(trained, o.lr, o.momentum, weight_decay=o.weight_decay,
                                           fused=fused))
-        self.loss = torch.compile(self.model) if compiled else self.model
+        # Whatever ran before in this process, shapes are constants; cuDNN may try its algorithms.
+        self.loss = torch.compile(self.model, dynamic=False) if compiled else self.model
+        torch.backends.cudnn.benchmark = True
 
     def __call__(self, *views):
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
