@@ -106,8 +106,9 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
               folder: epath.Path) -> int:
     """Runs the stages of a job, each in a process of its own; gives the exit status.
 
-    All settings are checked first, in every process. On TPUs process 0 runs the stages of its own
-    on the CPU of its host, since a slice is opened by all of its hosts or by none.
+    All settings are checked first, in every process, on its CPU: as many processes as a host has
+    GPUs would each open all of them. On TPUs process 0 runs the stages of its own on the CPU of its
+    host, since a slice is opened by all of its hosts or by none.
 
     Args:
         argv: the command line's flags without --stages, --force and those of `find`.
@@ -115,7 +116,7 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
     """
     everything = [*argv, f"--stages={','.join(stages)}", *ALONE]
     everything += [f"--force={force}"] if force else []
-    if status := _child([*everything, "--check_only"], alone=True):
+    if status := _child([*everything, "--check_only"], on_cpu=True):
         return status
     turns = [[s] for s in ("poison", "pretrain") if s in stages]
     turns += [rest] if (rest := [s for s in stages if s not in ("poison", "pretrain")]) else []
@@ -126,9 +127,9 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
         if turn == ["pretrain"]:
             if job.process_id and "poison" in stages:
                 _wait_for_poisons(folder)
-            status = _child([*own, "--joined", *_who(job)], alone=False)
+            status = _child([*own, "--joined", *_who(job)], on_cpu=False)
         else:
-            status = 0 if job.process_id else _child([*own, *ALONE], alone=True)
+            status = 0 if job.process_id else _child([*own, *ALONE], on_cpu=on_tpu())
         if status:
             return status
     return 0
@@ -151,14 +152,12 @@ def _wait_for_poisons(folder):
         time.sleep(1)
 
 
-def _child(argv: list[str], *, alone: bool) -> int:
+def _child(argv: list[str], *, on_cpu: bool) -> int:
     """Runs the command line in a process of its own, passing on SIGTERM and SIGINT.
 
     It has a process group of its own, so that Ctrl-C reaches it once, and ends with this one.
     """
-    env = dict(os.environ)
-    if alone and on_tpu():
-        env["JAX_PLATFORMS"] = "cpu"
+    env = os.environ | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {})
     child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv], process_group=0, env=env,
                              preexec_fn=_end_with_parent if sys.platform == "linux" else None)
     before = {s: signal.signal(s, lambda number, frame: child.send_signal(number))

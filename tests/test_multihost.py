@@ -65,11 +65,12 @@ def test_a_slice_of_tpu_vms_is_told_by_its_metadata(monkeypatch):
 
 @pytest.fixture
 def children(monkeypatch):
-    """What a supervisor would start, and with which status each then ends (default 0)."""
+    """What a supervisor would start, whether on the CPU, and with which status each then ends
+    (default 0)."""
     started, statuses = [], {}
 
-    def child(argv, *, alone):
-        started.append((argv, alone))
+    def child(argv, *, on_cpu):
+        started.append((argv, on_cpu))
         stage = next(w for w in argv if w.startswith("--stages=")).removeprefix("--stages=")
         return statuses.get("check" if "--check_only" in argv else stage, 0)
 
@@ -88,9 +89,9 @@ def test_pretraining_is_for_all_and_the_rest_for_process_0(children, tmp_path):
     who = ["--coordinator=a:1", "--processes=2", "--process_id=0"]
     assert children[0] == [
         (["--workdir=x", f"--stages={','.join(ALL)}", *ALONE, force, "--check_only"], True),
-        (["--workdir=x", "--stages=poison", force, *ALONE], True),
+        (["--workdir=x", "--stages=poison", force, *ALONE], False),
         (["--workdir=x", "--stages=pretrain", force, "--joined", *who], False),
-        (["--workdir=x", "--stages=evaluate,defend,report", force, *ALONE], True)]
+        (["--workdir=x", "--stages=evaluate,defend,report", force, *ALONE], False)]
 
 
 def test_the_others_only_check_and_pretrain(children, tmp_path):
@@ -99,6 +100,28 @@ def test_the_others_only_check_and_pretrain(children, tmp_path):
     assert multihost.supervise(Job(2, 1, None), [], ALL, "poison", epath.Path(tmp_path)) == 0
     assert children[0] == [([f"--stages={','.join(ALL)}", *ALONE, "--force=poison",
                              "--check_only"], True), (["--stages=pretrain", "--joined"], False)]
+
+
+@pytest.mark.parametrize("tpu", [False, True])
+def test_settings_are_checked_on_the_cpu_and_what_runs_alone_leaves_a_tpu_alone(
+        monkeypatch, tmp_path, tpu):
+    started = {}
+
+    class Child:
+        def __init__(self, words, *, env, **others):
+            kind = next(w for w in words if w == "--check_only" or w.startswith("--stages="))
+            started["check" if "--check_only" in words else kind] = env.get("JAX_PLATFORMS")
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(multihost.subprocess, "Popen", Child)
+    monkeypatch.setattr(multihost, "on_tpu", lambda: tpu)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert multihost.supervise(Job(2, 0, "a:1"), [], ["pretrain", "evaluate"], None,
+                               epath.Path(tmp_path)) == 0
+    assert started == {"check": "cpu", "--stages=pretrain": "cuda",
+                       "--stages=evaluate": "cpu" if tpu else "cuda"}
 
 
 @pytest.mark.parametrize("environ", [
