@@ -103,7 +103,7 @@ def _metadata(name):
 
 
 def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
-              folder: epath.Path) -> int:
+              folder: epath.Path, *, has_victim: bool = False) -> int:
     """Runs the stages of a job, each in a process of its own; gives the exit status.
 
     All settings are checked first, in every process, on its CPU: as many processes as a host has
@@ -113,18 +113,20 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
     Args:
         argv: the command line's flags without --stages, --force and those of `find`.
         folder: the run's.
+        has_victim: another run's victim is taken, so nothing is poisoned and pretrained.
     """
     everything = [*argv, f"--stages={','.join(stages)}", *ALONE]
     everything += [f"--force={force}"] if force else []
     if status := _child([*everything, "--check_only"], on_cpu=True):
         return status
-    turns = [[s] for s in ("poison", "pretrain") if s in stages]
-    turns += [rest] if (rest := [s for s in stages if s not in ("poison", "pretrain")]) else []
+    apart = [] if has_victim else [s for s in ("poison", "pretrain") if s in stages]
+    turns = [[s] for s in apart]
+    turns += [rest] if (rest := [s for s in stages if s not in apart]) else []
     for number, turn in enumerate(turns):
         own = [*argv, f"--stages={','.join(turn)}"]
         # Until it is redone, what is to be redone may have been made with other settings.
         own += [f"--force={force}"] if any(force in t for t in turns[number:]) else []
-        if turn == ["pretrain"]:
+        if turn == ["pretrain"] and apart:
             if job.process_id and "poison" in stages:
                 _wait_for_poisons(folder)
             status = _child([*own, "--joined", *_who(job)], on_cpu=False)

@@ -14,9 +14,11 @@ import pytest
 from etils import epath
 
 from jax_cl_bd import __main__ as command
-from jax_cl_bd import multihost
+from jax_cl_bd import multihost, run_folder
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.multihost import Job
+from tests.command_line import BASE, quickstart
+from tests.command_line import command as command_line
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("--config=configs/quickstart.py:debug,defense=none", "--config.control=False",
@@ -100,6 +102,29 @@ def test_the_others_only_check_and_pretrain(children, tmp_path):
     assert multihost.supervise(Job(2, 1, None), [], ALL, "poison", epath.Path(tmp_path)) == 0
     assert children[0] == [([f"--stages={','.join(ALL)}", *ALONE, "--force=poison",
                              "--check_only"], True), (["--stages=pretrain", "--joined"], False)]
+
+
+@pytest.mark.parametrize("chosen", [ALL, ["pretrain"]])
+def test_with_a_victim_process_0_does_it_all(children, tmp_path, chosen):
+    given = ([], chosen, "poison", epath.Path(tmp_path))
+    assert multihost.supervise(Job(2, 1, "a:1"), *given, has_victim=True) == 0
+    assert multihost.supervise(Job(2, 0, "a:1"), *given, has_victim=True) == 0
+    checked = ([f"--stages={','.join(chosen)}", *ALONE, "--force=poison", "--check_only"], True)
+    forced = ["--force=poison"] if "poison" in chosen else []
+    assert children[0] == [checked, checked,
+                           ([f"--stages={','.join(chosen)}", *forced, *ALONE], False)]
+
+
+def test_the_program_says_that_there_is_a_victim(tmp_path):
+    """Without it, process 1 would wait for poisons that nobody makes."""
+    run_folder.write_config(epath.Path(tmp_path / "victim"), quickstart())
+    process = command_line(*BASE, f"--config.victim={tmp_path}/victim", f"--workdir={tmp_path}/run",
+                           "--coordinator=127.0.0.1:1", "--processes=2", "--process_id=1")
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
 
 
 @pytest.mark.parametrize("tpu", [False, True])
