@@ -28,6 +28,7 @@ from jax_cl_bd import run_folder
 from jax_cl_bd.errors import UserError
 
 POISON_SECONDS = 3600  # that the others wait for process 0 to poison
+JOIN_SECONDS = 900  # that a process waits for the others to join, of which one may still be started
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process is given up
 ALONE = ("--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1")
 # Of clusters whose addresses jax finds itself: how many processes there are, and which this is.
@@ -115,6 +116,7 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
         folder: the run's.
         has_victim: another run's victim is taken, so nothing is poisoned and pretrained.
     """
+    made_before = _time_of_poisons(folder) if job.process_id and force == "poison" else None
     everything = [*argv, f"--stages={','.join(stages)}", *ALONE]
     everything += [f"--force={force}"] if force else []
     if status := _child([*everything, "--check_only"], on_cpu=True):
@@ -128,7 +130,7 @@ def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
         own += [f"--force={force}"] if any(force in t for t in turns[number:]) else []
         if turn == ["pretrain"] and apart:
             if job.process_id and "poison" in stages:
-                _wait_for_poisons(folder)
+                _wait_for_poisons(folder, made_before)
             status = _child([*own, "--joined", *_who(job)], on_cpu=False)
         else:
             status = 0 if job.process_id else _child([*own, *ALONE], on_cpu=on_tpu())
@@ -144,13 +146,29 @@ def _who(job):
         f"--process_id={job.process_id}"]
 
 
-def _wait_for_poisons(folder):
-    """Waits until process 0 has poisoned. Raises RuntimeError if that takes too long."""
-    begun = time.monotonic()
-    while not run_folder.is_done(folder / "poison"):
+def _time_of_poisons(folder):
+    """When they were marked complete; None if they are not."""
+    try:
+        return (folder / "poison" / "done.json").stat().mtime
+    except FileNotFoundError:
+        return None
+
+
+def _wait_for_poisons(folder, made_before):
+    """Waits until process 0 has poisoned. Raises RuntimeError if that takes too long.
+
+    `made_before`: where they are made anew, when those were marked that this process found at its
+    start. Were it only a short while ago, they may be the new ones, of a process 0 that was started
+    earlier; and if they are not, that while is left for joining.
+    """
+    begun, old = time.monotonic(), made_before
+    if old is not None and time.time() - old < JOIN_SECONDS:
+        old = None
+    while (made := _time_of_poisons(folder)) is None or made == old:
         if time.monotonic() - begun > POISON_SECONDS:
             raise RuntimeError(f"process 0 has not poisoned within {POISON_SECONDS / 60:.0f} "
-                               f"minutes ({folder / 'poison' / 'done.json'} is not there)")
+                               f"minutes ({folder / 'poison' / 'done.json'} is "
+                               f"{'not there' if made is None else 'still the old one'})")
         time.sleep(1)
 
 
@@ -189,7 +207,8 @@ def join(job: Job) -> None:
         "process_id": job.process_id}
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from train.fit
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    shutdown_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"process {job.process_id} of {job.processes} did not find the others"

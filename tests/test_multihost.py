@@ -166,6 +166,43 @@ def test_poisons_that_do_not_come_end_the_wait(monkeypatch, tmp_path, children):
         multihost.supervise(Job(2, 1, "a:1"), [], ALL, None, epath.Path(tmp_path))
 
 
+def test_where_poisons_are_made_anew_the_others_wait_for_the_new_ones(monkeypatch, tmp_path,
+                                                                      children):
+    mark, slept = tmp_path / "poison" / "done.json", []
+
+    def sleep(seconds):  # in which process 0 drops the old ones, then marks the new ones
+        assert len(children[0]) == 1
+        slept.append(seconds)
+        if len(slept) == 2:
+            mark.unlink()
+        if len(slept) == 4:
+            mark.write_text("{}")
+
+    def others():
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text("{}")
+        os.utime(mark, (time.time() - 3600,) * 2)
+        children[0].clear()
+        return multihost.supervise(Job(2, 1, "a:1"), [], ALL, "poison", epath.Path(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multihost.time, "sleep", sleep)
+        assert others() == 0 and len(slept) == 4 and len(children[0]) == 2
+    monkeypatch.setattr(multihost, "POISON_SECONDS", -1)
+    with pytest.raises(RuntimeError, match="done.json is still the old one"):
+        others()
+
+
+def test_who_joins_waits_as_long_as_is_said(monkeypatch):
+    import jax
+
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **words: given.update(words))
+    multihost.join(Job(2, 1, "a:1"))
+    assert given["initialization_timeout"] == multihost.JOIN_SECONDS > 300  # JAX's own
+    assert given["coordinator_address"] == "a:1"
+
+
 @pytest.mark.parametrize("stage, count", [("check", 1), ("pretrain", 2)])
 def test_a_stage_that_breaks_ends_the_process(children, tmp_path, stage, count):
     children[1][stage] = 143
