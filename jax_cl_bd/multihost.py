@@ -24,16 +24,16 @@ from typing import Any
 
 from etils import epath
 
-from jax_cl_bd import run_folder
 from jax_cl_bd.errors import UserError
 
 POISON_SECONDS = 3600  # that the others wait for process 0 to poison
 JOIN_SECONDS = 900  # that a process waits for the others to join, of which one may still be started
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process is given up
 ALONE = ("--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1")
-# Of clusters whose addresses jax finds itself: how many processes there are, and which this is.
-CLUSTERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+# Of clusters, in the order in which jax looks for them: how many processes there are, which this
+# is, and from what jax learns where the others are. Open MPI 5 no longer sets the last.
+CLUSTERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
+            ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,12 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
          environ: Mapping[str, str] = os.environ) -> Job | None:
     """The job of this process, by flags or by what a cluster says; None if it is alone.
 
-    Clusters: a SLURM step of several tasks, Open MPI, TPU workers of GKE, in one slice or several,
-    and a slice of TPU VMs.
+    Clusters: Open MPI up to version 4, a SLURM step of several tasks, TPU workers of GKE, in one
+    slice or several, and a slice of TPU VMs.
 
     Raises:
-        UserError: some of the flags without the others, or numbers that do not fit.
+        UserError: some of the flags without the others, or numbers that do not fit; or a cluster
+            that does not say where the others are.
     """
     if processes == 1 and coordinator is None and process_id in (None, 0):
         return None
@@ -70,8 +71,13 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
             raise UserError(f"--process_id={process_id} must be in 0..{processes - 1}, of "
                             f"--processes={processes}")
         return Job(processes, process_id, coordinator) if processes > 1 else None
-    for size, rank in CLUSTERS:
+    for size, rank, others in CLUSTERS:
         if size in environ and rank in environ and int(environ[size]) > 1:
+            if others not in environ:
+                raise UserError(f"{size}={environ[size]}, but {others}, from which jax learns where"
+                                " the others are, is not set (Open MPI 5 does not): give "
+                                f"--coordinator=HOST:PORT --processes={environ[size]} "
+                                f"--process_id=${rank} in each, or --processes=1 to run alone")
             return Job(int(environ[size]), int(environ[rank]), None)
     if "TPU_WORKER_HOSTNAMES" in environ and "TPU_WORKER_ID" in environ:
         workers = len(environ["TPU_WORKER_HOSTNAMES"].split(","))

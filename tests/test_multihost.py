@@ -25,10 +25,16 @@ QUICK = ("--config=configs/quickstart.py:debug,defense=none", "--config.control=
          "--config.train.steps=10", "--config.train.save_every=5")
 
 
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-4]"}
+OPEN_MPI_5 = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+OPEN_MPI = OPEN_MPI_5 | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:34911"}
+
+
 @pytest.mark.parametrize("environ, job", [
-    ({}, None), ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-    ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, Job(4, 3, None)),
-    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Job(2, 1, None)),
+    ({}, None), (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+    (SLURM, Job(4, 3, None)), (OPEN_MPI, Job(2, 1, None)),
+    (SLURM | OPEN_MPI, Job(2, 1, None)),  # in this order, since jax has it
+    (OPEN_MPI_5 | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
     ({"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "2"}, Job(3, 2, None)),
     ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
@@ -37,11 +43,34 @@ def test_a_cluster_says_who_is_in_a_job(environ, job):
     assert multihost.find(None, None, None, environ) == job
 
 
-def test_flags_win_over_a_cluster():
-    slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
-    assert multihost.find("a:1", 2, 0, slurm) == Job(2, 0, "a:1")
-    assert multihost.find(None, 1, None, slurm) is None
-    assert multihost.find("a:1", 1, 0, slurm) is None
+@pytest.mark.parametrize("cluster", [SLURM, OPEN_MPI, OPEN_MPI_5])
+def test_flags_win_over_a_cluster(cluster):
+    assert multihost.find("a:1", 2, 0, cluster) == Job(2, 0, "a:1")
+    assert multihost.find(None, 1, None, cluster) is None
+    assert multihost.find("a:1", 1, 0, cluster) is None
+
+
+def test_a_cluster_that_jax_cannot_join_is_refused():
+    for environ in (OPEN_MPI_5, OPEN_MPI_5 | SLURM):
+        with pytest.raises(UserError, match="OMPI_MCA_orte_hnp_uri.*--coordinator=HOST:PORT "
+                           r"--processes=2 --process_id=\$OMPI_COMM_WORLD_RANK") as refused:
+            multihost.find(None, None, None, environ)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("environ, name", [(OPEN_MPI, "ompi"), (SLURM | OPEN_MPI, "ompi"), (
+    SLURM | {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "slurm"),
+    (OPEN_MPI_5, None)])
+def test_jax_recognises_the_same_clusters(monkeypatch, environ, name):
+    from jax._src import clusters
+
+    for key in [k for k in os.environ if k.startswith(("OMPI", "SLURM"))]:
+        monkeypatch.delenv(key)
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    found = [kind.name for kind in clusters.ClusterEnv._cluster_types
+             if kind.name in ("ompi", "slurm") and kind.is_env_present()]
+    assert (found[0] if found else None) == name
 
 
 @pytest.mark.parametrize("given, message", [
@@ -58,7 +87,7 @@ def test_a_slice_of_tpu_vms_is_told_by_its_metadata(monkeypatch):
     told = {"worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2", "agent-worker-number": "1"}
     monkeypatch.setattr(multihost, "on_tpu", lambda: True)
     monkeypatch.setattr(multihost, "_metadata", told.__getitem__)
-    for name in [n for pair in multihost.CLUSTERS for n in pair]:
+    for name in [n for names in multihost.CLUSTERS for n in names]:
         monkeypatch.delenv(name, raising=False)
     assert multihost.find(None, None, None) == Job(2, 1, None)
     told["worker-network-endpoints"] = "x:y:10.0.0.1"
@@ -150,7 +179,7 @@ def test_settings_are_checked_on_the_cpu_and_what_runs_alone_leaves_a_tpu_alone(
 
 
 @pytest.mark.parametrize("environ", [
-    {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, {}])
+    SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, {}])
 def test_what_joins_finds_the_same_job(environ):
     """With the flags that its supervisor gives it."""
     job = Job(2, 1, None if environ else "a:1")
