@@ -130,6 +130,17 @@ def test_a_jobset_restarts_all_of_it_and_fails_at_once_on_bad_input():
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
+def test_a_jobset_of_gpus_finds_the_driver_or_fails():
+    def variables(**kind):
+        return {entry["name"]: entry.get("value") for entry in jobset(**kind)[2]["env"]}
+
+    found = variables(GPU="nvidia-h100-80gb")
+    assert found["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert found["JAX_PLATFORMS"] == "cuda" and "latency_hiding" in found["XLA_FLAGS"]
+    for kind in ({}, {"TPU": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}):
+        assert not {"LD_LIBRARY_PATH", "JAX_PLATFORMS", "XLA_FLAGS"} & variables(**kind).keys()
+
+
 def test_a_jobset_of_tpus_leaves_it_to_jax_to_find_the_others():
     whole, job, container = jobset(TPU="tpu-v5-lite-podslice", TOPOLOGY="4x4", SLICES="2")
     assert job["replicas"] == 2 and not any("coordinator" in w for w in container["command"])
