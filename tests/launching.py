@@ -21,12 +21,14 @@ def callers_environment():
 
 
 def launch(script, *words, path=None, **environment):
-    """Runs a script of launch/; `path`: where its programs are looked for first."""
+    """Runs a script of launch/, as the head of a process group; `path`: where its programs are
+    looked for first."""
     kept = callers_environment()
     if path is not None:
         kept["PATH"] = f"{path}:{kept['PATH']}"
     return subprocess.run(["bash", f"launch/{script}", *map(str, words)], cwd=ROOT, text=True,
-                          env={**kept, **environment}, capture_output=True, timeout=60)
+                          env={**kept, **environment}, capture_output=True, timeout=60,
+                          start_new_session=True)
 
 
 def dry(script, *words, **more):
