@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SLICE = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "VERSION": "v2-alpha"}
 JOBSET = {"NAME": "pod", "IMAGE": "repo/image", "NODES": "4"}
-NOT_THE_CALLERS = ("SLURM", "XLA_FLAGS", "CUDA_VISIBLE", "JAX_COMPILATION", "TFDS_DATA_DIR")
+NOT_THE_CALLERS = ("SLURM", "XLA_FLAGS", "CUDA_VISIBLE", "JAX_COMPILATION", "TFDS_DATA_DIR",
+                   "GPUS", "MOUNTS")
 FLAG = "--config.name=it's a test"  # a quote and spaces, as paths may have them
 
 
