@@ -135,7 +135,11 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                        for what, every in (("log", cfg_train.log_every),
                                            ("save", cfg_train.save_every),
                                            ("eval", cfg_train.eval_every))}
-                # Several processes must save at one step, and ask each other only now and then.
+                # Several processes must save at one step, and ask each other only now and then; once
+                # their steps are done, since CPUs do not keep to the order of what is exchanged,
+                # and one in its step would wait for another in its question for ever.
+                if due["log"] and not alone:
+                    jax.block_until_ready(values)
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:
                     last = _read(unread, label, folder, saved)

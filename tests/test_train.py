@@ -230,6 +230,21 @@ def test_a_signal_during_the_last_evaluation_is_obeyed(tmp_path, monkeypatch, se
     assert int(run(tmp_path, 10, evaluate=kill_once(11)).step) == 10
 
 
+def test_several_processes_ask_each_other_only_once_their_steps_are_done(tmp_path, monkeypatch):
+    did = []
+
+    def note(what, answer):
+        did.append(what)
+        return answer
+
+    several = Several()
+    several.block_until_ready = lambda values: note("waited", jax.block_until_ready(values))
+    monkeypatch.setattr(train, "jax", several)
+    monkeypatch.setattr(train.multihost, "any_of", lambda value: note("asked", value))
+    run(tmp_path, 4, log_every=2, save_every=100)
+    assert did == ["waited", "asked", "waited", "asked", "asked"]  # at last nothing runs any more
+
+
 def test_a_signal_that_comes_too_late_to_be_told_goes_to_who_handled_it_before(tmp_path,
                                                                                monkeypatch):
     def answer(value):
