@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
     if job and not JOINED.value:
         chosen = [s for s in STAGES if s in ONLY.value]
         return multihost.supervise(job, _shared(argv[1:]), chosen, FORCE.value,
-                                   epath.Path(WORKDIR.value))
+                                   epath.Path(WORKDIR.value),
+                                   has_victim=bool(CONFIG.value.victim))
     host_memory.keep_pages()
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
     if job:

@@ -24,15 +24,16 @@ from typing import Any
 
 from etils import epath
 
-from jax_cl_bd import run_folder
 from jax_cl_bd.errors import UserError
 
 POISON_SECONDS = 3600  # that the others wait for process 0 to poison
+JOIN_SECONDS = 900  # that a process waits for the others to join, of which one may still be started
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process is given up
 ALONE = ("--processes=1", "--config.mesh.data=-1", "--config.mesh.fsdp=1")
-# Of clusters whose addresses jax finds itself: how many processes there are, and which this is.
-CLUSTERS = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+# Of clusters, in the order in which jax looks for them: how many processes there are, which this
+# is, and from what jax learns where the others are. Open MPI 5 no longer sets the last.
+CLUSTERS = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
+            ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,12 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
          environ: Mapping[str, str] = os.environ) -> Job | None:
     """The job of this process, by flags or by what a cluster says; None if it is alone.
 
-    Clusters: a SLURM step of several tasks, Open MPI, TPU workers of GKE, in one slice or several,
-    and a slice of TPU VMs.
+    Clusters: Open MPI up to version 4, a SLURM step of several tasks, TPU workers of GKE, in one
+    slice or several, and a slice of TPU VMs.
 
     Raises:
-        UserError: some of the flags without the others, or numbers that do not fit.
+        UserError: some of the flags without the others, or numbers that do not fit; or a cluster
+            that does not say where the others are.
     """
     if processes == 1 and coordinator is None and process_id in (None, 0):
         return None
@@ -69,8 +71,13 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
             raise UserError(f"--process_id={process_id} must be in 0..{processes - 1}, of "
                             f"--processes={processes}")
         return Job(processes, process_id, coordinator) if processes > 1 else None
-    for size, rank in CLUSTERS:
+    for size, rank, others in CLUSTERS:
         if size in environ and rank in environ and int(environ[size]) > 1:
+            if others not in environ:
+                raise UserError(f"{size}={environ[size]}, but {others}, from which jax learns where"
+                                " the others are, is not set (Open MPI 5 does not): give "
+                                f"--coordinator=HOST:PORT --processes={environ[size]} "
+                                f"--process_id=${rank} in each, or --processes=1 to run alone")
             return Job(int(environ[size]), int(environ[rank]), None)
     if "TPU_WORKER_HOSTNAMES" in environ and "TPU_WORKER_ID" in environ:
         workers = len(environ["TPU_WORKER_HOSTNAMES"].split(","))
@@ -103,32 +110,36 @@ def _metadata(name):
 
 
 def supervise(job: Job, argv: list[str], stages: list[str], force: str | None,
-              folder: epath.Path) -> int:
+              folder: epath.Path, *, has_victim: bool = False) -> int:
     """Runs the stages of a job, each in a process of its own; gives the exit status.
 
-    All settings are checked first, in every process. On TPUs process 0 runs the stages of its own
-    on the CPU of its host, since a slice is opened by all of its hosts or by none.
+    All settings are checked first, in every process, on its CPU: as many processes as a host has
+    GPUs would each open all of them. On TPUs process 0 runs the stages of its own on the CPU of its
+    host, since a slice is opened by all of its hosts or by none.
 
     Args:
         argv: the command line's flags without --stages, --force and those of `find`.
         folder: the run's.
+        has_victim: another run's victim is taken, so nothing is poisoned and pretrained.
     """
+    made_before = _time_of_poisons(folder) if job.process_id and force == "poison" else None
     everything = [*argv, f"--stages={','.join(stages)}", *ALONE]
     everything += [f"--force={force}"] if force else []
-    if status := _child([*everything, "--check_only"], alone=True):
+    if status := _child([*everything, "--check_only"], on_cpu=True):
         return status
-    turns = [[s] for s in ("poison", "pretrain") if s in stages]
-    turns += [rest] if (rest := [s for s in stages if s not in ("poison", "pretrain")]) else []
+    apart = [] if has_victim else [s for s in ("poison", "pretrain") if s in stages]
+    turns = [[s] for s in apart]
+    turns += [rest] if (rest := [s for s in stages if s not in apart]) else []
     for number, turn in enumerate(turns):
         own = [*argv, f"--stages={','.join(turn)}"]
         # Until it is redone, what is to be redone may have been made with other settings.
         own += [f"--force={force}"] if any(force in t for t in turns[number:]) else []
-        if turn == ["pretrain"]:
+        if turn == ["pretrain"] and apart:
             if job.process_id and "poison" in stages:
-                _wait_for_poisons(folder)
-            status = _child([*own, "--joined", *_who(job)], alone=False)
+                _wait_for_poisons(folder, made_before)
+            status = _child([*own, "--joined", *_who(job)], on_cpu=False)
         else:
-            status = 0 if job.process_id else _child([*own, *ALONE], alone=True)
+            status = 0 if job.process_id else _child([*own, *ALONE], on_cpu=on_tpu())
         if status:
             return status
     return 0
@@ -141,24 +152,38 @@ def _who(job):
         f"--process_id={job.process_id}"]
 
 
-def _wait_for_poisons(folder):
-    """Waits until process 0 has poisoned. Raises RuntimeError if that takes too long."""
-    begun = time.monotonic()
-    while not run_folder.is_done(folder / "poison"):
+def _time_of_poisons(folder):
+    """When they were marked complete; None if they are not."""
+    try:
+        return (folder / "poison" / "done.json").stat().mtime
+    except FileNotFoundError:
+        return None
+
+
+def _wait_for_poisons(folder, made_before):
+    """Waits until process 0 has poisoned. Raises RuntimeError if that takes too long.
+
+    `made_before`: where they are made anew, when those were marked that this process found at its
+    start. Were it only a short while ago, they may be the new ones, of a process 0 that was started
+    earlier; and if they are not, that while is left for joining.
+    """
+    begun, old = time.monotonic(), made_before
+    if old is not None and time.time() - old < JOIN_SECONDS:
+        old = None
+    while (made := _time_of_poisons(folder)) is None or made == old:
         if time.monotonic() - begun > POISON_SECONDS:
             raise RuntimeError(f"process 0 has not poisoned within {POISON_SECONDS / 60:.0f} "
-                               f"minutes ({folder / 'poison' / 'done.json'} is not there)")
+                               f"minutes ({folder / 'poison' / 'done.json'} is "
+                               f"{'not there' if made is None else 'still the old one'})")
         time.sleep(1)
 
 
-def _child(argv: list[str], *, alone: bool) -> int:
+def _child(argv: list[str], *, on_cpu: bool) -> int:
     """Runs the command line in a process of its own, passing on SIGTERM and SIGINT.
 
     It has a process group of its own, so that Ctrl-C reaches it once, and ends with this one.
     """
-    env = dict(os.environ)
-    if alone and on_tpu():
-        env["JAX_PLATFORMS"] = "cpu"
+    env = os.environ | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {})
     child = subprocess.Popen([sys.executable, "-m", "jax_cl_bd", *argv], process_group=0, env=env,
                              preexec_fn=_end_with_parent if sys.platform == "linux" else None)
     before = {s: signal.signal(s, lambda number, frame: child.send_signal(number))
@@ -188,7 +213,8 @@ def join(job: Job) -> None:
         "process_id": job.process_id}
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from train.fit
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        jax.distributed.initialize(**where, initialization_timeout=JOIN_SECONDS,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    shutdown_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"process {job.process_id} of {job.processes} did not find the others"

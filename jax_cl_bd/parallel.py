@@ -19,8 +19,10 @@ def make_mesh(cfg_mesh, devices: list | None = None) -> Mesh:
     `devices`: those to choose from; None: all of this run.
 
     Raises:
-        UserError: there are not so many devices, or fsdp does not divide them all.
+        UserError: there are not so many devices, or fsdp does not divide them all; or they are of
+            several processes, of which some would have too few or nothing to do.
     """
+    shared = devices is None and jax.process_count() > 1
     devices = devices or jax.devices()
     count = len(devices)
     data, fsdp = cfg_mesh.data, cfg_mesh.fsdp
@@ -28,13 +30,17 @@ def make_mesh(cfg_mesh, devices: list | None = None) -> Mesh:
         raise UserError(f"mesh.data={data} and mesh.fsdp={fsdp} do not fit the {count} devices of "
                         "this run; data=-1 takes all, and fsdp must then divide them")
     data = count // fsdp if data == -1 else data
+    if shared and data * fsdp != count:
+        raise UserError(f"mesh.data={data} and mesh.fsdp={fsdp} leave out some of the {count} "
+                        f"devices of this job; its {jax.process_count()} processes must use all: "
+                        "mesh.data=-1")
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
                          devices=devices[:data * fsdp])
 
 
 def one_device() -> Mesh:
-    """The mesh of the first device alone."""
-    return make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1}))
+    """The mesh of the first device of this process alone."""
+    return make_mesh(ml_collections.ConfigDict({"data": 1, "fsdp": 1}), jax.local_devices())
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str = "train.batch_size") -> None:

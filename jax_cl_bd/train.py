@@ -88,7 +88,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
         NonFinite: the loss of a step is not finite, or the state that was to be saved; the step is
             named, and of several models those whose it is.
         Interrupted: after SIGTERM or SIGINT, once the state is saved; of several processes each
-            raises it, at the next logged step.
+            raises it, at the next logged step. Also after the last step, since another training
+            may follow; a signal that comes while the processes still tell each other goes to
+            whoever handled it before.
     """
     dispatch = cfg_train.steps_per_dispatch
     checkpoints = folder / "checkpoints"
@@ -109,6 +111,8 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
             with contextlib.closing(open_writer(folder, start)) as writer:
                 writer.write(start, evaluate(state))
         if start >= steps:
+            if multihost.any_of(bool(stop)):
+                _end(stop, label, start, writes)
             return state
         run = compile_step(step_fn, shardings, dispatch)
         single = run if dispatch == 1 else compile_step(step_fn, shardings)
@@ -134,7 +138,11 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                        for what, every in (("log", cfg_train.log_every),
                                            ("save", cfg_train.save_every),
                                            ("eval", cfg_train.eval_every))}
-                # Several processes must save at one step, and ask each other only now and then.
+                # Several processes must save at one step, and ask each other only now and then; once
+                # their steps are done, since CPUs do not keep to the order of what is exchanged,
+                # and one in its step would wait for another in its question for ever.
+                if due["log"] and not alone:
+                    jax.block_until_ready(values)
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
                 if due["log"] or due["save"] or interrupted:
                     last = _read(unread, label, folder, saved, members)
@@ -149,8 +157,10 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                     saved = _save(manager, step, state, label, folder, saved, members)
                 if due["log"]:
                     watch.reset(step)
-                if interrupted or (alone and stop and step == steps):
+                if interrupted:
                     _end(stop, label, step, writes)
+        if multihost.any_of(bool(stop)):  # during the last evaluation, or the save
+            _end(stop, label, steps, writes)
         if writes:
             print(watch, flush=True)
     return state
@@ -247,3 +257,5 @@ def _signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if seen:  # since the loop last asked
+        signal.raise_signal(seen[0])

@@ -131,7 +131,13 @@ END
                   fieldRef:
                     fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']
 END
-  [ -z "${GPU:-}" ] || variable XLA_FLAGS "$GPU_XLA_FLAGS"
+  if [ -n "${GPU:-}" ]; then
+    # GKE lays the driver there, but does not tell the linker. Without it JAX would use the CPU.
+    # cloud.google.com/kubernetes-engine/docs/how-to/gpus
+    variable LD_LIBRARY_PATH /usr/local/nvidia/lib64
+    variable JAX_PLATFORMS cuda
+    variable XLA_FLAGS "$GPU_XLA_FLAGS"
+  fi
   variable JAX_COMPILATION_CACHE_DIR "$cache"
   variable TFDS_DATA_DIR "${TFDS_DATA_DIR:-}"
   if [ -n "${TPU:-}" ]; then

@@ -12,7 +12,8 @@
 #                        again on a slice that is there (3); never after status 2 (bad input)
 #   WAIT_MINUTES         how long a queued slice is waited for, 1440 if not given
 # WORKDIR must be gs://, since the workers share nothing else. `run` needs this terminal (tmux):
-# closed, nothing restarts. Ctrl-C stops the workers, which save. DRY_RUN=1 prints the commands.
+# closed, nothing restarts. Ctrl-C stops the workers, which save. A slice is deleted only if gcloud
+# says that it was taken away, never because gcloud fails. DRY_RUN=1 prints the commands.
 set -eu
 . "$(dirname "$0")/env.sh"
 usage="usage: bash launch/tpu_vm.sh create|run|restart|delete [CONFIG WORKDIR ...]"
@@ -32,19 +33,47 @@ whole RECREATIONS "$recreations"
 whole RETRIES "$retries"
 whole WAIT_MINUTES "$minutes"
 queued=(gcloud compute tpus queued-resources) node=(gcloud compute tpus tpu-vm)
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
 say() { printf 'launch/tpu_vm.sh: %s\n' "$1" >&2; }
 
 on_workers() {  # on_workers COMMAND: gcloud's status is that of the first worker that failed
   run "${node[@]}" ssh "$NAME" "${place[@]}" --worker=all "--command=$1"
 }
-state() {  # READY if it can be used, another state, or nothing if there is no slice
-  local found
-  found=$("${queued[@]}" describe "$NAME" "${place[@]}" "--format=value(state.state)" \
-          2>/dev/null) || return 0
-  # A pre-empted node may still lie in a request that is called active.
-  [ "$found" != ACTIVE ] || found=$("${node[@]}" describe "$NAME" "${place[@]}" \
-                                    "--format=value(state)" 2>/dev/null) || found=SUSPENDED
-  echo "$found"
+interrupted=""  # 1 once Ctrl-C was pressed
+clear=""        # 1 once the workers may run something that must end before it is started again
+now=""          # what was last said of the slice
+ended() {  # after Ctrl-C
+  [ -z "$clear" ] || stop || :
+  say "stopped; the same command goes on from the last checkpoint"
+  exit 130
+}
+pause() { sleep 30 || :; [ -z "$interrupted" ] || ended; }
+describe() {  # describe FIELD WORD...: sets `now` to that; NONE: there is no such thing; ASK: again
+  if now=$("${@:2}" describe "$NAME" "${place[@]}" "--format=value($1)" 2>"$errors"); then
+    now=${now:-UNKNOWN}
+  elif grep -q NOT_FOUND "$errors"; then
+    now=NONE
+  else
+    now=ASK
+  fi
+}
+state() {  # sets `now`: READY if it can be used, NONE if there is no slice, or what gcloud says
+  local began=$SECONDS
+  while :; do
+    describe state.state "${queued[@]}"
+    if [ "$now" = ACTIVE ]; then  # a pre-empted node may still lie in such a request, or be gone
+      describe state "${node[@]}"
+      [ "$now" != NONE ] || now=GONE
+    fi
+    [ -z "$interrupted" ] || ended
+    [ "$now" = ASK ] || return 0
+    [ $((SECONDS - began)) -lt $((minutes * 60)) ] ||
+      { say "gcloud did not say how $NAME is in $minutes minutes"; exit 1; }
+    say "gcloud does not say how $NAME is, and is asked again: $(
+      grep -m 1 ERROR "$errors" || tail -n 1 "$errors")"
+    pause
+  done
 }
 create() {
   run "${queued[@]}" create "$NAME" "--node-id=$NAME" "${place[@]}" \
@@ -53,23 +82,23 @@ create() {
 remove() {
   run "${queued[@]}" delete "$NAME" "${place[@]}" --force "$@" || exit 1
 }
-wait_until_ready() {  # fails if there is no slice, or it was taken away
-  local began=$SECONDS now
+wait_until_ready() {  # fails if there is no slice (NONE), or it was taken away (another state)
+  local began=$SECONDS
   if [ -n "${DRY_RUN:-}" ]; then
     echo "# every 30 s until it is ACTIVE:"
     quoted "${queued[@]}" describe "$NAME" "${place[@]}" "--format=value(state.state)"
     return
   fi
   while :; do
-    now=$(state)
+    state
     case $now in
       READY) return ;;
-      ""|FAILED|SUSPENDING|SUSPENDED|PREEMPTED|TERMINATED|STOPPED|DELETING) return 1 ;;
+      NONE|GONE|FAILED|SUSPENDING|SUSPENDED|PREEMPTED|TERMINATED|STOPPED|DELETING) return 1 ;;
     esac
     [ $((SECONDS - began)) -lt $((minutes * 60)) ] ||
       { say "$NAME is still $now after $minutes minutes"; exit 1; }
     say "$NAME is $now"
-    sleep 30
+    pause
   done
 }
 install() {  # the working tree as it is; uv brings a Python, since the images may have an older one
@@ -127,32 +156,27 @@ if [ -n "${DRY_RUN:-}" ]; then
   start 0
   exit 0
 fi
-interrupted=""
 trap 'interrupted=1' INT
-made=0 tries=0 starts=0 installed="" clear=""
+made=0 tries=0 starts=0 installed=""
 [ "$action" = run ] || clear=1
 while :; do
   until wait_until_ready; do
     [ "$made" -lt "$recreations" ] || { say "$NAME was made $made times; giving up"; exit 1; }
     made=$((made + 1)) installed=""
-    [ -z "$(state)" ] || remove --quiet
+    [ "$now" = NONE ] || remove --quiet
     create
   done
   status=0
   { [ -z "$clear" ] || stop; } && { [ -n "$installed" ] || install; } || status=1
   if [ "$status" -eq 0 ] && [ -z "$interrupted" ]; then
-    installed=1 starts=$((starts + 1))
+    installed=1 clear=1 starts=$((starts + 1))
     start "$(date +%s)-$$-$starts" || status=$?
   fi
-  if [ -n "$interrupted" ]; then
-    stop || :
-    say "stopped; the same command goes on from the last checkpoint"
-    exit 130
-  fi
+  [ -z "$interrupted" ] || ended
   case $status in 0|2) exit "$status" ;; esac
-  clear=1
-  sleep 30
-  if [ "$(state)" = READY ]; then
+  pause
+  state
+  if [ "$now" = READY ]; then
     [ "$tries" -lt "$retries" ] || { say "status $status after $tries retries"; exit "$status"; }
     tries=$((tries + 1))
     say "status $status; retry $tries of $retries"

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SLICE = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "VERSION": "v2-alpha"}
 JOBSET = {"NAME": "pod", "IMAGE": "repo/image", "NODES": "4"}
-NOT_THE_CALLERS = ("SLURM", "XLA_FLAGS", "CUDA_VISIBLE", "JAX_COMPILATION", "TFDS_DATA_DIR")
+NOT_THE_CALLERS = ("SLURM", "XLA_FLAGS", "CUDA_VISIBLE", "JAX_COMPILATION", "TFDS_DATA_DIR",
+                   "GPUS", "MOUNTS")
 FLAG = "--config.name=it's a test"  # a quote and spaces, as paths may have them
 
 
@@ -21,12 +22,14 @@ def callers_environment():
 
 
 def launch(script, *words, path=None, **environment):
-    """Runs a script of launch/; `path`: where its programs are looked for first."""
+    """Runs a script of launch/, as the head of a process group; `path`: where its programs are
+    looked for first."""
     kept = callers_environment()
     if path is not None:
         kept["PATH"] = f"{path}:{kept['PATH']}"
     return subprocess.run(["bash", f"launch/{script}", *map(str, words)], cwd=ROOT, text=True,
-                          env={**kept, **environment}, capture_output=True, timeout=60)
+                          env={**kept, **environment}, capture_output=True, timeout=60,
+                          start_new_session=True)
 
 
 def dry(script, *words, **more):

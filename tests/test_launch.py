@@ -1,5 +1,6 @@
 """Experiments of launch/ print, with DRY_RUN=1, commands whose configs exist; all scripts of it
-refuse bad input; sweeps. More in test_launch_local.py and test_launch_clusters.py."""
+refuse bad input; sweeps. More in test_launch_local.py, test_launch_docker.py and
+test_launch_clusters.py."""
 
 import importlib.util
 import os
@@ -11,7 +12,8 @@ import pytest
 from tests.launching import JOBSET, ROOT, SLICE, dry, launch, program
 
 COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 490}
-LAUNCHERS = {"local.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh", "gke_jobset.sh"}
+LAUNCHERS = {"local.sh", "docker.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh",
+             "gke_jobset.sh"}
 
 
 TWIN = ("seed", "data", "augment", "model", "objective", "optim", "train")  # what a twin shares
@@ -139,6 +141,11 @@ def test_an_unknown_part_is_refused():
     ("gke_jobset.sh", ("configs/a.py", "gs://b/a\nb"), JOBSET),
     ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "two"}),
     ("local.sh", ("configs/a.py", "runs/a"), {"PROCESSES": "0"}),
+    ("docker.sh", ("configs/a.py", "runs/a"), {"GPUS": "two"}),
+    ("docker.sh", ("configs/a.py", "runs/a"), {"GPUS": "0"}),
+    ("docker.sh", ("configs/a.py", "runs/a"), {"TFDS_DATA_DIR": "no/such/place"}),
+    ("docker.sh", ("configs/a.py", "runs/a"), {"MOUNTS": "docs:no/such/place"}),
+    ("docker.sh", ("configs/a.py", "runs/a:b"), {}),
     ("sweep.sh", ("configs/a.py", "runs/a", "Wrong"), {}),
     ("sweep.sh", ("configs/a.py", "runs/a", "optim.lr=a b", "optim.lr=a_b"), {})])
 def test_bad_input_is_one_line_and_status_2(script, words, environment):

@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 
+import pytest
 import yaml
 
 from tests.launching import FLAG, JOBSET, PROGRAM, ROOT, SLICE, dry, launch, program
@@ -30,13 +31,19 @@ def test_slurm_puts_a_job_back_into_the_queue_a_bounded_number_of_times(tmp_path
     assert done.returncode == 1 and not (tmp_path / "asked").exists()
 
 
-# Stands for gcloud: one worker, whose home is here; `states` are what describe says, in turn.
+# Stands for gcloud: one worker, whose home is here; `states` are what describe says, in turn:
+# NONE that there is nothing, BROKEN something else, INT while Ctrl-C is pressed.
 GCLOUD = """
 cd {folder}
 echo "$*" >>calls
 case "$*" in
-  *describe*) [ -e states ] || exit 1; found=$(head -n 1 states); sed -i 1d states
-    [ "$found" != NONE ] || exit 1; echo "$found" ;;
+  *describe*) found=$(head -n 1 states); sed -i 1d states
+    case ${{found:-NONE}} in
+      NONE) echo "ERROR: (gcloud.describe) NOT_FOUND: Resource 'pod' was not found." >&2; exit 1 ;;
+      BROKEN) echo "WARNING: slow" >&2; echo "ERROR: (gcloud.describe) UNAVAILABLE" >&2; exit 1 ;;
+      INT) trap '' INT; kill -INT 0; echo SUSPENDED ;;
+      *) echo "$found" ;;
+    esac ;;
   *" ssh "*) for word in "$@"; do
       case $word in
         --command=*uv*) ;;
@@ -47,36 +54,65 @@ esac
 """
 
 
+UP = "ACTIVE\nREADY\n"
+
+
+def on_a_slice(folder, states, statuses="0", sleep=""):
+    """Runs tpu_vm.sh on made-up states of a slice and statuses of the program: its exit status,
+    what it did, and what it said. `sleep`: what happens while it waits."""
+    program(folder, "gcloud", GCLOUD.format(folder=folder))
+    program(folder, "sleep", sleep)
+    python = folder / "jax_cl_bd" / ".venv" / "bin"
+    python.mkdir(parents=True, exist_ok=True)
+    for name, text in (("states", states), ("statuses", statuses), ("calls", "")):
+        (folder / name).write_text(text)
+    program(python, "python", f'printf "%s\\n" "$@" >{folder}/words\n'
+            f"status=$(head -n 1 {folder}/statuses); sed -i 1d {folder}/statuses\n"
+            "exit $status")
+    done = launch("tpu_vm.sh", "run", "configs/a.py", "gs://b/a b", FLAG, path=folder,
+                  TMPDIR=str(folder), RETRIES="1", SPOT="1", **SLICE)
+    lines = (folder / "calls").read_text().splitlines()
+    kinds = [("create", " create "), ("delete", " delete "), ("install", "uv"),
+             ("run", "run.attempt"), ("stop", "kill")]
+    return (done.returncode, [kind for line in lines for kind, mark in kinds if mark in line],
+            done.stderr)
+
+
 def test_tpu_vm_makes_a_slice_anew_that_was_taken_away(tmp_path):
-    program(tmp_path, "gcloud", GCLOUD.format(folder=tmp_path))
-    program(tmp_path, "sleep", "")
-    python = tmp_path / "jax_cl_bd" / ".venv" / "bin"
-    python.mkdir(parents=True)
-    up, asked = "ACTIVE\nREADY\n", ("run", "configs/a.py", "gs://b/a b", FLAG)
+    def calls(*given):
+        return on_a_slice(tmp_path, *given)[:2]
 
-    def calls(states, statuses):
-        (tmp_path / "states").write_text(states)
-        (tmp_path / "statuses").write_text(statuses)
-        (tmp_path / "calls").write_text("")
-        program(python, "python", f'printf "%s\\n" "$@" >{tmp_path}/words\n'
-                f"status=$(head -n 1 {tmp_path}/statuses); sed -i 1d {tmp_path}/statuses\n"
-                "exit $status")
-        done = launch("tpu_vm.sh", *asked, path=tmp_path, TMPDIR=str(tmp_path), RETRIES="1",
-                      SPOT="1", **SLICE)
-        lines = (tmp_path / "calls").read_text().splitlines()
-        kinds = [("create", " create "), ("delete", " delete "), ("install", "uv"),
-                 ("run", "run.attempt"), ("stop", "kill")]
-        return done.returncode, [kind for line in lines for kind, mark in kinds if mark in line]
-
-    assert calls(up, "0") == (0, ["install", "run"])
+    assert calls(UP, "0") == (0, ["install", "run"])
     assert (tmp_path / "words").read_text().splitlines() == [
         *PROGRAM[:3], "--workdir=gs://b/a b", FLAG]
-    assert calls("NONE\nNONE\n" + up, "0") == (0, ["create", "install", "run"])
-    assert calls(up, "2") == (2, ["install", "run"])
+    assert calls("NONE\n" + UP, "0") == (0, ["create", "install", "run"])
+    assert calls(UP, "2") == (2, ["install", "run"])
     # Pre-empted, so made anew; then it broke on a slice that is there, twice: one retry.
-    taken = "ACTIVE\nPREEMPTED\n"
-    assert calls(up + 3 * taken + 5 * up, "1\n1\n3\n") == (
-        3, ["install", "run", "delete", "create", "stop", "install", "run", "stop", "run"])
+    for taken in ("ACTIVE\nPREEMPTED\n", "ACTIVE\nNONE\n", "SUSPENDED\n"):
+        assert calls(UP + 2 * taken + 4 * UP, "1\n1\n3\n") == (
+            3, ["install", "run", "delete", "create", "stop", "install", "run", "stop", "run"])
+    assert not list(tmp_path.glob("tmp*"))
+
+
+@pytest.mark.parametrize("states, statuses, did", [
+    ("BROKEN\nBROKEN\n" + UP, "0", ["install", "run"]),
+    ("ACTIVE\nBROKEN\n" + UP, "0", ["install", "run"]),
+    ("NONE\nBROKEN\n" + UP, "0", ["create", "install", "run"]),
+    (UP + "BROKEN\n" + 2 * UP, "1\n0\n", ["install", "run", "stop", "run"])])
+def test_tpu_vm_asks_again_where_gcloud_does_not_answer(tmp_path, states, statuses, did):
+    status, done, said = on_a_slice(tmp_path, states, statuses)
+    assert (status, done) == (0, did)
+    assert "pod is, and is asked again: ERROR: (gcloud.describe) UNAVAILABLE\n" in said
+
+
+@pytest.mark.parametrize("states, sleep, did", [
+    ("CREATING\n", "kill -INT 0", []), ("BROKEN\n", "kill -INT 0", []),
+    ("INT\n", "", []), ("ACTIVE\nINT\n", "", []),
+    (UP, "kill -INT 0", ["install", "run", "stop"]),
+    (UP + "INT\n", "", ["install", "run", "stop"])])
+def test_ctrl_c_ends_tpu_vm_wherever_it_waits(tmp_path, states, sleep, did):
+    status, done, said = on_a_slice(tmp_path, states, "1\n", sleep)
+    assert (status, done) == (130, did) and "stopped; the same command goes on" in said
 
 
 def test_tpu_vm_prints_its_commands():
@@ -128,6 +164,17 @@ def test_a_jobset_restarts_all_of_it_and_fails_at_once_on_bad_input():
         "python", *PROGRAM[:3], "--workdir=gs://b/a b", FLAG, '--config.x=$$(A)"\\',
         "--coordinator=pod-main-0-0.pod:55527", "--processes=4", "--process_id=$(PROCESS_ID)"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_a_jobset_of_gpus_finds_the_driver_or_fails():
+    def variables(**kind):
+        return {entry["name"]: entry.get("value") for entry in jobset(**kind)[2]["env"]}
+
+    found = variables(GPU="nvidia-h100-80gb")
+    assert found["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert found["JAX_PLATFORMS"] == "cuda" and "latency_hiding" in found["XLA_FLAGS"]
+    for kind in ({}, {"TPU": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4"}):
+        assert not {"LD_LIBRARY_PATH", "JAX_PLATFORMS", "XLA_FLAGS"} & variables(**kind).keys()
 
 
 def test_a_jobset_of_tpus_leaves_it_to_jax_to_find_the_others():

@@ -1,4 +1,4 @@
-"""Rows that move between devices."""
+"""Meshes, and rows that move between devices."""
 
 import jax
 import numpy as np
@@ -6,6 +6,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_cl_bd import hlo, parallel
+from jax_cl_bd.errors import UserError
+
+
+@pytest.mark.parametrize("data, fsdp", [(4, 1), (1, 4), (2, 2), (1, 1)])
+def test_several_processes_must_use_all_of_their_devices(monkeypatch, data, fsdp):
+    cfg = ConfigDict({"data": data, "fsdp": fsdp})
+    assert parallel.make_mesh(cfg).size == data * fsdp
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="leave out some of the 8 devices.*its 2 processes"):
+        parallel.make_mesh(cfg)
+    for cfg.data, cfg.fsdp in ((-1, 2), (8, 1)):
+        assert parallel.make_mesh(cfg).size == 8
+    assert parallel.one_device().size == 1  # each has one of its own
 
 
 def dealt(groups, size):

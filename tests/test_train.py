@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from jax import monitoring
 
-from jax_cl_bd import checkpoint
+from jax_cl_bd import checkpoint, train
 from jax_cl_bd.train import Interrupted, NonFinite
 from tests.toy_loop import DATA, Feed, init, losses, run, step_fn
 
@@ -160,6 +160,75 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     assert checkpoint.newest_good_step(epath.Path(tmp_path / "shot" / "checkpoints")) == 6
     resumed = run(tmp_path / "shot", 20)
     np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+
+
+def kill_once(at):
+    """An evaluation during which SIGTERM arrives, at one step, once."""
+    shots = []
+
+    def evaluate(state):
+        if int(state.step) == at and not shots:
+            shots.append(os.kill(os.getpid(), signal.SIGTERM))
+        return {"eval/step": float(state.step)}
+
+    return evaluate
+
+
+class Several:
+    """jax, as a process of two sees it."""
+
+    process_count = staticmethod(lambda: 2)
+
+    def __getattr__(self, name):
+        return getattr(jax, name)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_signal_during_the_last_evaluation_is_obeyed(tmp_path, monkeypatch, several):
+    """Else another training may begin, and nobody sends the signal again."""
+    if several:
+        monkeypatch.setattr(train, "jax", Several())
+    for _ in range(2):  # the second is made up for later, and nothing is left to train
+        with pytest.raises(Interrupted) as stopped:
+            run(tmp_path, 10, evaluate=kill_once(10), save_every=1000)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert checkpoint.newest_good_step(epath.Path(tmp_path / "checkpoints")) == 10
+        lines = [json.loads(t) for t in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["eval/step"] for line in lines if "eval/step" in line] == [5, 10]
+        kept = [json.dumps(line) for line in lines if line.get("eval/step") != 10]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert int(run(tmp_path, 10, evaluate=kill_once(11)).step) == 10
+
+
+def test_several_processes_ask_each_other_only_once_their_steps_are_done(tmp_path, monkeypatch):
+    did = []
+
+    def note(what, answer):
+        did.append(what)
+        return answer
+
+    several = Several()
+    several.block_until_ready = lambda values: note("waited", jax.block_until_ready(values))
+    monkeypatch.setattr(train, "jax", several)
+    monkeypatch.setattr(train.multihost, "any_of", lambda value: note("asked", value))
+    run(tmp_path, 4, log_every=2, save_every=100)
+    assert did == ["waited", "asked", "waited", "asked", "asked"]  # at last nothing runs any more
+
+
+def test_a_signal_that_comes_too_late_to_be_told_goes_to_who_handled_it_before(tmp_path,
+                                                                               monkeypatch):
+    def answer(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return value
+
+    seen = []
+    monkeypatch.setattr(train.multihost, "any_of", answer)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        assert int(run(tmp_path, 5).step) == 5
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 def test_the_loop_moves_nothing_implicitly(tmp_path):
