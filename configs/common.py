@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from jax_cl_bd.errors import unknown
+
 # torchvision's names and meanings; every probability and strength in [0, 1].
 MOCO_VIEW = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8,
                  brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2,
@@ -103,8 +105,7 @@ def parse(arg, **defaults):
     for item in filter(None, arg.split(",")):
         key, given, text = item.partition("=")
         if key not in defaults:
-            raise ValueError(f"unknown argument {key!r} after the colon of --config; allowed: "
-                             f"{', '.join(sorted(defaults))}")
+            raise unknown("argument after the colon of --config,", key, defaults)
         kind = type(defaults[key])
         if kind is bool:
             if given and text.lower() not in ("true", "false", "1", "0"):
@@ -123,7 +124,7 @@ def parse(arg, **defaults):
 def choose(what, name, options):
     """Picks a preset by name. Raises ValueError listing what exists."""
     if name not in options:
-        raise ValueError(f"unknown {what} {name!r}; allowed: {', '.join(sorted(options))}")
+        raise unknown(what, name, options)
     return options[name]
 
 

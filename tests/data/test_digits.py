@@ -67,7 +67,7 @@ def test_a_limit_takes_the_same_rows_every_time_and_subsets_nest():
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="digit"), "did you mean 'digits'"),
-    (dict(name="tdfs:cifar10"), "did you mean 'tfds:NAME'"),
+    (dict(name="tdfs:cifar10"), "did you mean 'tfds:cifar10'"),
     (dict(name="tfds"), "should look like 'tfds:NAME'"),
     (dict(name="digits:8"), "should look like 'digits'"),
     (dict(train_split="trian"), "did you mean 'train'"),
