@@ -25,7 +25,7 @@ def test_bad_config_argument_and_missing_workdir():
                                         "--workdir=x")
     assert "objctive" in refused("--config=configs/quickstart.py:objctive=moco", "--workdir=x")
     assert "--workdir is missing" in refused(*BASE)
-    assert "did you mean 'configs/quickstart.py'" in refused("--config=configs/quickstrt.py")
+    assert "did you mean 'configs/quickstart.py'" in refused("--config", "configs/quickstrt.py")
 
 
 @pytest.mark.parametrize("changes, says", [
