@@ -29,3 +29,9 @@ def end(run: Callable[[list[str]], int | None], argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def no_program(instead: str) -> None:
+    """Ends a module that was run by itself although it is a part of a program, `instead`."""
+    print(f"error: this module is no program of its own; run: python -m {instead}", file=sys.stderr)
+    sys.exit(2)

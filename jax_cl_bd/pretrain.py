@@ -7,7 +7,7 @@ from etils import epath
 from jax_cl_bd import evaluate, multihost, optim, parallel, poison, run_folder
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, no_program
 from jax_cl_bd.evals import during_training, test_sets
 from jax_cl_bd.models import start
 from jax_cl_bd.objectives import gradient_cache, training
@@ -110,3 +110,7 @@ def _watched(cfg, source, folder):
     if test_sets.has_labels(source):
         return test_sets.make(cfg, source, sources.load(cfg.data, "test"), trigger)
     return evaluate.test_data(cfg, trigger) if cfg.downstream else None
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=pretrain")

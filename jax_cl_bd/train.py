@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import checkpoint, metrics, multihost, observe, parallel
+from jax_cl_bd.errors import no_program
 
 
 @flax.struct.dataclass
@@ -235,3 +236,7 @@ def _signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=pretrain")
