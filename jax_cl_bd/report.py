@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="run folders, local or gs://")
     parser.add_argument("--out", help="folder for the table over many runs")
     given = parser.parse_args(argv)
-    folders = [epath.Path(f) for f in given.folders]
+    folders = read.folders(given.folders)
     if given.out:
         print(compare(folders, epath.Path(given.out)))
     elif len(folders) == 1:

@@ -17,6 +17,7 @@ from jax_cl_bd import command_line, errors, run_folder
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import groups, pairs
+from jax_cl_bd.reporting.read import folders
 
 RESAMPLES = 10_000
 ROWS = (("linear_probe", "random", "at random places"),
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument("--out", required=True)
     given = parser.parse_args(argv)
-    found = cases([read(epath.Path(folder)) for folder in given.folders])
+    found = cases([read(folder) for folder in folders(given.folders)])
     out, text = epath.Path(given.out), []
     out.mkdir(parents=True, exist_ok=True)
     for row, name, where in ROWS:
