@@ -40,7 +40,8 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
         raise UserError(f"objective {cfg.objective.name!r} looks at all data between steps, which "
                         f"one process must hold; this job has {jax.process_count()}")
     steps, per_epoch = total_steps(cfg, rows)
-    training.check_steps(training.sized(cfg, rows=rows, steps_per_epoch=per_epoch), steps)
+    sized = training.sized(cfg, rows=rows, steps_per_epoch=per_epoch)
+    training.check_steps(sized, steps)
     optim.make(cfg.optim, steps, per_epoch)
     feed.check(cfg.data)
     mesh = parallel.make_mesh(cfg.mesh)
@@ -62,6 +63,7 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`.
+    training.rehearse(sized, steps, mesh)
 
     The twin is left out where cfg.control_from names another run's, and where nothing is poisoned:
     it would be the same encoder once more.
