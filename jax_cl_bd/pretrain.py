@@ -35,6 +35,10 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 
     `rows`: those of the source.
     """
+    if cfg.train.steps > 0 and cfg.train.epochs > 0 and not cfg.victim:  # which has been trained
+        raise UserError(f"train.steps={cfg.train.steps} and train.epochs={cfg.train.epochs} both "
+                        "say how long to train; for epochs add --config.train.steps=0, for steps "
+                        "--config.train.epochs=0")
     training.check(cfg)
     if jax.process_count() > 1 and training.looks_at_all(cfg):
         raise UserError(f"objective {cfg.objective.name!r} looks at all data between steps, which "
@@ -59,11 +63,11 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
         if k < 1 or cfg.train[name] % k:
             raise UserError(f"train.{name}={cfg.train[name]} must be a multiple of "
                             f"train.steps_per_dispatch={k} (at least 1)")
+    training.rehearse(sized, steps, mesh)
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Trains the victim in `folder` and, with cfg.control, its clean twin in `folder/control`.
-    training.rehearse(sized, steps, mesh)
 
     The twin is left out where cfg.control_from names another run's, and where nothing is poisoned:
     it would be the same encoder once more.

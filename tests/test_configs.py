@@ -73,6 +73,14 @@ def test_settings_are_those_on_record(name, arg):
 
 @pytest.mark.parametrize("arg, message", [
     ("adaptive=many", r"unknown adaptive 'many' \(allowed: all, beside, several, small"),
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("debug", ["", "debug,"])
+def test_a_length_is_in_steps_or_in_epochs(name, debug):
+    for arg in VARIANTS[name]:
+        train = config(name, debug + arg).train
+        assert not (train.steps and train.epochs), arg
+
+
     ("adaptive=small,fresh", "not of fresh"), ("adaptive=small,wanet", "not of wanet")])
 def test_arguments_that_do_not_fit_are_refused(arg, message):
     with pytest.raises(ValueError, match=message):
