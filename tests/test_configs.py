@@ -40,7 +40,8 @@ VARIANTS = {
                 "objective=simsiam", "reduced,objective=byol"],
     "vet_encoder": ["data=digits,split=train"],
     "vet_dataset": ["", "objective=simclr"],
-    "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam"],
+    "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam",
+                    "defense=distill", "defense=retrain"],
 }
 
 
