@@ -73,11 +73,6 @@ SIGLIP = dict(model=dict(pool="map", act="gelu_tanh", eps=1e-6, pre_norm=False, 
 TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
 
 
-def second_view(objective, otherwise):
-    """The augmentation of image-text training by an objective: its own, or that of the config."""
-    return dict(CAPTIONED_VIEW if objective in TEXT_AUGMENT else otherwise)
-
-
 def defended(objective, *, rows, batch_size, steps):
     """What RoCLIP and SafeCLIP have otherwise in a run of this size; {} for other objectives.
 
