@@ -78,6 +78,14 @@ def test_mistakes_are_named(change, message):
         sources.load(config(**change), "train")
 
 
+def test_a_folder_is_told_its_prefix(tmp_path):
+    for file, meant in (("train/cat/a.png", "folder"), ("train/pairs.json", "pairs")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+        with pytest.raises(UserError, match=f"did you mean '{meant}:{tmp_path}'"):
+            sources.load(config(name=str(tmp_path)), "train")
+
+
 def test_corrupt_rows_are_left_out_only_when_asked():
     class Broken:
         classes = ("a",)
