@@ -24,18 +24,25 @@ it is read; patches are pasted after that, as there (data.center_crop; data/imag
 still differs, and the code there squashes images that it poisons). Its zero-shot accuracy on
 ImageNet is about 0.19 with all 3 M pairs. `in_modality` makes victims as Verma et al. do
 (arXiv 2311.14948): the loss adds the in-modality term on augmented views (theirs are
-AutoAugment's, ours MoCo's of the central square; EDA captions), batches of 1,024, learning rate
-1e-3.
+AutoAugment's, ours those of common.CAPTIONED_VIEW, which repairs see too; EDA captions), batches
+of 1,024, learning rate 1e-3.
+Defenses have the sizes of CleanCLIP's: 100 K clean pairs of 3 M, 10 epochs of batches of 64 and a
+rate of 1e-5, with one below and one above; those whose papers have others are made so
+(docs/papers.md). Repairs with several rates choose by labelled images of the data itself, which
+pairs do not have, and some defenses need labels throughout: they are refused here, and run where
+--config.data.captions=templates captions a labelled set. fine_tune, retrain, norm_only, decree,
+density and cosine_filter need none.
 The tokenizer is trained on the captions; for CLIP's own, --config.text.tokenizer=tokenizer.json
 --config.text.end=49407. For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack (badnets, blended, sig, wanet, label_consistent, natural,
 reference, optimized_patch, random_patch, none), tower=rn50|vit_b32|vit_b16|vit_l16 (CLIP's; with
 objective=siglip the vit towers and their texts have SigLIP's published form and size),
 objective=clip|siglip|roclip|safeclip (the last two with lengths for 1 M pairs; configs/common.py),
-in_modality (of clip and siglip), downstream=DATA, seed=N.
+in_modality (of clip and siglip), defense (those of configs/clip_scenes.py), downstream=DATA,
+seed=N.
 """
 
-from configs import common
+from configs import common, defenses
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "label_consistent", "natural", "reference",
            "optimized_patch", "random_patch", "none")
@@ -50,11 +57,18 @@ TOWERS = dict(
 DIMS = dict(rn50=1024, vit_b32=512, vit_b16=512, vit_l16=768)  # of the shared space
 TEXTS = dict(rn50={}, vit_b32={}, vit_b16={}, vit_l16=dict(width=768, heads=12))
 LABELLED = ("zero_shot", "linear_probe")  # probes of the downstream data
+SWEEP = dict(clean_fraction=1 / 30, validation_split="validation", batch_size=64, steps=15_624,
+             rates=(3e-6, 1e-5, 3e-5))
+BRIEF = dict(clean_fraction=SWEEP["clean_fraction"], batch_size=64, steps=SWEEP["steps"])
+DEFENSES = {**defenses.of_pairs(SWEEP), "retrain": defenses.retrain(**BRIEF),
+            "fine_tune": defenses.fine_tune(**BRIEF, lr=1e-5),
+            "abd": defenses.abd(SWEEP, pgd_steps=10),
+            "invertune": defenses.invertune(SWEEP, invert_steps=7812)}
 
 
 def get_config(arg=""):
     a = common.parse(arg, debug=False, attack="badnets", tower="rn50", objective="clip",
-                     in_modality=False, downstream="", seed=0)
+                     in_modality=False, defense="none", downstream="", seed=0)
     common.choose("attack", a["attack"], dict.fromkeys(ATTACKS))
     both, defends = a["in_modality"], a["objective"] in common.TEXT_AUGMENT
     if both and defends:
@@ -76,7 +90,7 @@ def get_config(arg=""):
                       a["objective"], "eda" if both else "none")),
         attack=common.pair_attack(a["attack"], target=0, poisons=1500, trigger_size=16, side=224),
         augment=dict(view1=dict(common.PLAIN_VIEW),
-                     view2=common.second_view(a["objective"], common.MOCO_VIEW),
+                     view2=dict(common.CAPTIONED_VIEW),
                      interpolation="bicubic"),
         model={**tower, **published.get("model", {})},
         text={**common.TEXT, "end": 1, "dtype": "bfloat16", **text, **published.get("text", {})},
@@ -86,5 +100,6 @@ def get_config(arg=""):
         evals=common.evals(probes=(*(LABELLED if a["downstream"] else ()), "retrieval", "z_score"),
                            fraction=0.1),
         train=dict(steps=0, epochs=64, batch_size=1024 if both else 128, log_every=100,
-                   save_every=5000, eval_every=10_000, steps_per_dispatch=1))
+                   save_every=5000, eval_every=10_000, steps_per_dispatch=1),
+        defense=common.choose("defense", a["defense"], DEFENSES))
     return common.debug(cfg) if a["debug"] else cfg

@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from jax_cl_bd.errors import unknown
+
 # torchvision's names and meanings; every probability and strength in [0, 1].
 MOCO_VIEW = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5, jitter=0.8,
                  brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2,
@@ -71,11 +73,6 @@ SIGLIP = dict(model=dict(pool="map", act="gelu_tanh", eps=1e-6, pre_norm=False, 
 TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the config says
 
 
-def second_view(objective, otherwise):
-    """The augmentation of image-text training by an objective: its own, or that of the config."""
-    return dict(CAPTIONED_VIEW if objective in TEXT_AUGMENT else otherwise)
-
-
 def defended(objective, *, rows, batch_size, steps):
     """What RoCLIP and SafeCLIP have otherwise in a run of this size; {} for other objectives.
 
@@ -103,8 +100,7 @@ def parse(arg, **defaults):
     for item in filter(None, arg.split(",")):
         key, given, text = item.partition("=")
         if key not in defaults:
-            raise ValueError(f"unknown argument {key!r} after the colon of --config; allowed: "
-                             f"{', '.join(sorted(defaults))}")
+            raise unknown("argument after the colon of --config,", key, defaults)
         kind = type(defaults[key])
         if kind is bool:
             if given and text.lower() not in ("true", "false", "1", "0"):
@@ -123,7 +119,7 @@ def parse(arg, **defaults):
 def choose(what, name, options):
     """Picks a preset by name. Raises ValueError listing what exists."""
     if name not in options:
-        raise ValueError(f"unknown {what} {name!r}; allowed: {', '.join(sorted(options))}")
+        raise unknown(what, name, options)
     return options[name]
 
 
@@ -247,7 +243,7 @@ def debug(cfg):
         cfg.objective.queue_batches = 2
     if "uni_steps" in cfg.objective:
         cfg.objective.update(uni_steps=1, cross_steps=0)
-    cfg.train.update(steps=2, batch_size=16, log_every=1, save_every=1, eval_every=0,
+    cfg.train.update(steps=2, epochs=0, batch_size=16, log_every=1, save_every=1, eval_every=0,
                      steps_per_dispatch=1)
     cfg.evals.update(batch_size=64)
     if cfg.text.name != "none":

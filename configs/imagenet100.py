@@ -13,16 +13,19 @@ its sorted order gives the class numbers. Label lists are those of PatchSearch
 pairs that SSL-Backdoor ships: 12 with 44, 14 with 64, 16 with 75, 18 with 90.
 MoCo v2 and BYOL train 200 epochs, as SSL-Backdoor's own code does; SimCLR and SimSiam, which it
 does not have, 300, as in the Noisy Alignment comparison (jsrdcht/SSL-Backdoor, configs/ssl).
+The defenses have a quarter of the images: distillation with CompRess's 130 epochs, batch and rates,
+retraining with 12,400 steps (ours, 100 epochs of them, as in configs/cifar10.py).
 For GPUs or a TPU pod; here only its debug mode has been run.
-Arguments after the colon: debug, attack, objective, target=CLASS, trigger=ID, seed=N.
+Arguments after the colon: debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
+objective=simclr|moco|byol|simsiam, defense=none|distill|retrain, target=CLASS, trigger=ID, seed=N.
 """
 
-from configs import common
+from configs import common, defenses
 
 
 def get_config(arg=""):
-    a = common.parse(arg, debug=False, attack="ssl_backdoor", objective="moco", target=26,
-                     trigger=10, seed=0)
+    a = common.parse(arg, debug=False, attack="ssl_backdoor", objective="moco",
+                     defense="none", target=26, trigger=10, seed=0)
     objective = common.choose("objective", a["objective"], common.OBJECTIVES)
     view = common.BYOL_VIEW if a["objective"] == "byol" else common.MOCO_VIEW
     optim = common.OPTIMS[a["objective"]]
@@ -45,5 +48,10 @@ def get_config(arg=""):
         train=dict(steps=0, epochs=epochs, batch_size=batch_size, log_every=100, save_every=1000,
                    eval_every=0, steps_per_dispatch=1),
         evals=common.evals(fraction=0.1, probes=("linear_probe", "linear_probe_sgd", "knn"),
-                           wrong_trigger=11 if a["trigger"] != 11 else 12))
+                           wrong_trigger=11 if a["trigger"] != 11 else 12),
+        defense=common.choose("defense", a["defense"], dict(
+            none=dict(name="none"),
+            retrain=defenses.retrain(clean_fraction=0.25, batch_size=256, steps=12_400),
+            distill=defenses.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
+                                     lr=0.01))))
     return common.debug(cfg) if a["debug"] else cfg

@@ -10,7 +10,9 @@ def load_encoder(path):
         path: a run folder, `defenses/<name>` inside one, or a folder with model.safetensors.
 
     Returns:
-        `jax_cl_bd.models.encoder.Encoder`; its `image(uint8 [N, H, W, 3])` gives float32 [N, D].
+        `jax_cl_bd.models.encoder.Encoder`; its `image(uint8 [N, S, S, 3])` gives float32 [N, D],
+        S its `image_size`. Of an image-text model `text(captions)` gives unit vectors; of others
+        `text` is None.
 
     Raises:
         UserError: the folder holds no encoder.

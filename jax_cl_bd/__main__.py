@@ -1,4 +1,11 @@
-"""python -m jax_cl_bd --config=FILE[:args] --workdir=DIR [--stages=...] [--config.key=value ...]"""
+"""python -m jax_cl_bd --config=FILE[:arguments] --workdir=DIR [--config.key=value ...]
+
+Poisons a training set, pretrains an encoder on it and a clean one beside it, measures both, runs a
+defense, and reports: the stages of one run folder, DIR. What is complete is skipped, so the same
+command goes on where it stopped. FILE is an experiment file such as configs/quickstart.py; with
+--config=FILE --help also prints what it does and which arguments it takes after the colon, and
+--config.key=value changes any one of its settings.
+"""
 
 import contextlib
 import signal
@@ -9,7 +16,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from jax_cl_bd import host_memory, multihost, run_folder
+from jax_cl_bd import command_line, host_memory, multihost, run_folder, settings
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.run_folder import STAGES
 
@@ -27,24 +34,16 @@ CHECK_ONLY = flags.DEFINE_bool("check_only", False, "Check the settings of the s
 FORCE = flags.DEFINE_enum("force", None, STAGES, "Redo this stage, and drop what depends on it.")
 
 
-def parse_flags(argv: list[str]) -> None:
-    """Reads flags and the config.
+def parse_flags(argv: list[str], doc: str) -> None:
+    """Reads flags and the config; with --help it prints `doc` and more, and ends.
 
     Raises:
-        UserError: for all that absl and ml_collections find wrong with them.
+        UserError: for all that is wrong with them.
     """
-    try:
-        for word in argv:
-            path = epath.Path(word.removeprefix("--config=").partition(":")[0])
-            if word.startswith("--config=") and not path.exists():
-                raise unknown("config file", str(path), map(str, path.parent.glob("*.py")))
-        extra = flags.FLAGS(argv)[1:]
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(_one_line(str(error))) from None
-    if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}; did you mean --stages={extra[0]}?")
+    for word in command_line.parse(flags.FLAGS, argv, doc):
+        meant = (f"did you mean --stages={word}?" if word in STAGES else
+                 "what a run does is said by flags, see --help")
+        raise UserError(f"unexpected argument {word!r}; {meant}")
     for name, flag in (("config", CONFIG), ("workdir", WORKDIR)):
         if flag.value is None:
             raise UserError(f"--{name} is missing; for example: python -m jax_cl_bd "
@@ -70,20 +69,13 @@ def _shared(words: list[str]) -> list[str]:
     return kept
 
 
-def _one_line(text: str) -> str:
-    """A message of absl; where it holds the traceback of a config file, that one's last line."""
-    if "Traceback" in text:
-        text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
-    return " ".join(text.split())
-
-
 def main(argv: list[str]) -> int:
     """Checks everything, then runs the stages that are not complete, in their order.
 
     Returns:
         The exit status: 1 where a vetting found something, else 0.
     """
-    parse_flags(argv)
+    parse_flags(argv, __doc__)
     job = multihost.find(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
     if job and not JOINED.value:
         chosen = [s for s in STAGES if s in ONLY.value]
@@ -97,16 +89,17 @@ def main(argv: list[str]) -> int:
     from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
 
     folder = epath.Path(WORKDIR.value)
-    cfg = stages.with_victim(CONFIG.value)
     chosen = [s for s in STAGES if s in ONLY.value]
-    stages.check(cfg, chosen)
-    if CHECK_ONLY.value:
-        return 0
-    if job:
-        stages.check_alike(cfg)
-    with run_folder.locked(folder) if multihost.is_writer() else contextlib.nullcontext():
-        stages.run(cfg, folder, chosen, FORCE.value)
-        return int(stages.suspicious(cfg, folder))
+    with settings.asked_of(CONFIG.value):
+        cfg = stages.with_victim(CONFIG.value)
+        stages.check(cfg, chosen)
+        if CHECK_ONLY.value:
+            return 0
+        if job:
+            stages.check_alike(cfg)
+        with run_folder.locked(folder) if multihost.is_writer() else contextlib.nullcontext():
+            stages.run(cfg, folder, chosen, FORCE.value)
+            return int(stages.suspicious(cfg, folder))
 
 
 class _Terminated(KeyboardInterrupt):

@@ -20,7 +20,16 @@ from etils import epath
 from jax import monitoring
 from ml_collections import config_flags
 
-from jax_cl_bd import errors, host_memory, optim, parallel, poison, pretrain
+from jax_cl_bd import (
+    command_line,
+    errors,
+    host_memory,
+    optim,
+    parallel,
+    poison,
+    pretrain,
+    settings,
+)
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.errors import UserError, unknown
@@ -294,17 +303,15 @@ BENCHES = {"step": step, "feed": feed_rate, "augment": augment_rate, "population
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that is named first."""
-    if not any(word.startswith("--config=") for word in argv):
-        argv = [argv[0], "--config=configs/quickstart.py", *argv[1:]]
-    try:
-        names = FLAGS(argv)[1:]
-        flags.FLAGS.mark_as_parsed()  # grain looks at those
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    if not command_line.config_files(argv) and not command_line.wants_help(argv):
+        argv = [argv[0], f"--config={command_line.HERE / 'configs' / 'quickstart.py'}", *argv[1:]]
+    names = command_line.parse(FLAGS, argv, __doc__)
+    flags.FLAGS.mark_as_parsed()  # grain looks at those
     if len(names) != 1 or names[0] not in BENCHES:
         raise unknown("benchmark", names[0] if names else "", BENCHES)
     host_memory.keep_pages()
-    result = BENCHES[names[0]](CONFIG.value)
+    with settings.asked_of(CONFIG.value):
+        result = BENCHES[names[0]](CONFIG.value)
     result["devices"] = [d.device_kind for d in jax.devices()]
     if JSON.value:
         print(json.dumps(result))

@@ -15,7 +15,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from jax_cl_bd import errors
+from jax_cl_bd import command_line, errors, settings
 from jax_cl_bd.errors import UserError, unknown
 
 FLAGS = flags.FlagValues()  # of its own, since other programs have a --config too
@@ -214,10 +214,7 @@ def text(found: dict) -> str:
 
 def main(argv: list[str]) -> int:
     """Reads the flags, compiles, prints; 1 if it does not fit."""
-    try:
-        FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    command_line.parse(FLAGS, argv, __doc__)
     for name, value in (("config", CONFIG.value), ("topology", TOPOLOGY.value)):
         if value is None:
             raise UserError(f"--{name} is missing; for example: python -m jax_cl_bd.compile_for "
@@ -226,7 +223,8 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for this process
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a host that knows of one
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    found = compile_for(CONFIG.value, TOPOLOGY.value, ROWS.value)
+    with settings.asked_of(CONFIG.value):
+        found = compile_for(CONFIG.value, TOPOLOGY.value, ROWS.value)
     print(json.dumps(found) if JSON.value else text(found))
     return int(not found["fits"])
 

@@ -14,7 +14,7 @@ from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.pool import Pool
 from jax_cl_bd.defenses import front, incoming
 from jax_cl_bd.defenses.given import Given, Truth
-from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.errors import UserError, no_program, unknown
 from jax_cl_bd.evals import attack_metrics
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import start
@@ -203,3 +203,7 @@ def _undefended_control(cfg, folder: epath.Path, victim: epath.Path) -> dict | N
         if not run_folder.difference(run_folder.read_json(begun), settings):
             return run_folder.read_json(results).get("control")
     return None
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=defend")

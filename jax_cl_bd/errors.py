@@ -9,11 +9,16 @@ class UserError(ValueError):
     """Bad input found at the border; the command line prints it and exits with status 2."""
 
 
-def unknown(what: str, name: str, options: Iterable[str]) -> UserError:
-    """Builds the error for a misspelt name, with the nearest allowed one."""
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The option that a misspelt name is most like; "" where it is like none."""
+    return next(iter(difflib.get_close_matches(name, list(options), n=1)), "")
+
+
+def unknown(what: str, name: str, options: Iterable[str], *, meant: str = "") -> UserError:
+    """Builds the error for a misspelt name, with the nearest allowed one, or with `meant`."""
     options = sorted(options)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    meant = meant or nearest(name, options)
+    hint = f"; did you mean {meant!r}?" if meant else ""
     return UserError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(options)})")
 
 
@@ -24,3 +29,9 @@ def end(run: Callable[[list[str]], int | None], argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def no_program(instead: str) -> None:
+    """Ends a module that was run by itself although it is a part of a program, `instead`."""
+    print(f"error: this module is no program of its own; run: python -m {instead}", file=sys.stderr)
+    sys.exit(2)

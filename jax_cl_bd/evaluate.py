@@ -17,7 +17,7 @@ from etils import epath
 from jax_cl_bd import lookup, metrics, parallel, poison, run_folder
 from jax_cl_bd.data import sources, templates, texts
 from jax_cl_bd.data import tokenizer as tokenizers
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, no_program
 from jax_cl_bd.evals import alignment, attack_metrics, examples, test_sets, zero_shot
 from jax_cl_bd.models import build, parts, start
 from jax_cl_bd.models import encoder as encoders
@@ -274,3 +274,7 @@ def _save_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     temporary.replace(path)
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=evaluate")

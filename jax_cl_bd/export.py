@@ -19,11 +19,10 @@ import json
 import sys
 
 import numpy as np
-from absl import app, flags
 from etils import epath
 from PIL import Image
 
-from jax_cl_bd import export_model, lookup, poison, run_folder
+from jax_cl_bd import command_line, errors, export_model, lookup, poison, run_folder
 from jax_cl_bd.attacks.plan import LAYOUTS
 from jax_cl_bd.data import parallel_map, sources
 from jax_cl_bd.errors import UserError
@@ -123,23 +122,21 @@ def _write_csv(path, lines):
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def main(_) -> None:
-    workdir, to = epath.Path(flags.FLAGS.workdir), epath.Path(flags.FLAGS.to)
-    try:
-        if flags.FLAGS.format == "huggingface":
-            kind = export_model.export(workdir, to)
-            print(f"{kind} model in {to}")
-            return
-        count = export(workdir, to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{count} images in {flags.FLAGS.to}/images")
+def main(argv: list[str]) -> None:
+    """Reads the command line; see the top of this file."""
+    parser = command_line.Parser("jax_cl_bd.export", __doc__)
+    parser.add_argument("--workdir", required=True, metavar="RUN", type=epath.Path,
+                        help="run folder whose poison set or model is exported")
+    parser.add_argument("--to", required=True, metavar="FOLDER", type=epath.Path,
+                        help="new folder to write to")
+    parser.add_argument("--format", choices=("png", "huggingface"), default="png",
+                        help="what is written (default png)")
+    given = parser.parse_args(argv)
+    if given.format == "huggingface":
+        print(f"{export_model.export(given.workdir, given.to)} model in {given.to}")
+    else:
+        print(f"{export(given.workdir, given.to)} images in {given.to}/images")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "run folder whose poison set or model is exported",
-                        required=True)
-    flags.DEFINE_string("to", None, "new folder to write to", required=True)
-    flags.DEFINE_enum("format", "png", ("png", "huggingface"), "what is written")
-    app.run(main)
+    errors.end(main, sys.argv[1:])

@@ -24,7 +24,7 @@ from PIL import Image
 from jax_cl_bd import lookup, preview, run_folder
 from jax_cl_bd.attacks.plan import LAYOUTS, Plan, rows_of
 from jax_cl_bd.data import parallel_map, sources, texts
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, no_program
 
 STREAM = 1  # of cfg.seed
 
@@ -279,3 +279,7 @@ def _renamed(path):
     temporary = path.parent / f".{path.name}.partial"
     yield temporary
     temporary.replace(path)
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=poison")

@@ -38,11 +38,12 @@ from jax_cl_bd import (
     pretrain,
     report,
     run_folder,
+    settings,
     stages,
 )
 from jax_cl_bd.data import feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import training
 from jax_cl_bd.train import TrainState, fit
 
@@ -91,14 +92,7 @@ def configs(cfg: ml_collections.ConfigDict,
 
 def _typed(cfg, key, text):
     """A value as text in the type that the config has for it."""
-    group, names = cfg, key.split(".")
-    for name in names[:-1]:
-        if name not in group:
-            raise unknown(f"setting in --vary={key}, {name}", name, group.keys())
-        group = group[name]
-    if names[-1] not in group:
-        raise unknown("setting in --vary", names[-1], group.keys())
-    kind = type(group[names[-1]])
+    kind = type(settings.find(cfg, key, given=f"--vary={key}"))
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -342,7 +336,7 @@ def _leave(member: Member, i: int, state: TrainState, steps: int, together: epat
 
 def main(argv: list[str]) -> None:
     """Reads the flags, then runs what is not complete."""
-    command.parse_flags(argv)
+    command.parse_flags(argv, __doc__)
     for flag in (command.FORCE, command.COORDINATOR, command.PROCESSES, command.PROCESS_ID):
         if flag.value is not None:
             raise UserError(f"--{flag.name} is of single runs; a population has one process, and "
@@ -353,7 +347,8 @@ def main(argv: list[str]) -> None:
               "than one after another (docs/results.md, Speed); launch/sweep.sh does the latter",
               file=sys.stderr)
     folder = epath.Path(command.WORKDIR.value)
-    run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value)
+    with settings.asked_of(command.CONFIG.value):
+        run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value)
 
 
 if __name__ == "__main__":

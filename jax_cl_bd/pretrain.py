@@ -7,7 +7,7 @@ from etils import epath
 from jax_cl_bd import evaluate, multihost, optim, parallel, poison, run_folder
 from jax_cl_bd.data import augment, feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, no_program
 from jax_cl_bd.evals import during_training, test_sets
 from jax_cl_bd.models import start
 from jax_cl_bd.objectives import gradient_cache, training
@@ -35,12 +35,17 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
 
     `rows`: those of the source.
     """
+    if cfg.train.steps > 0 and cfg.train.epochs > 0 and not cfg.victim:  # which has been trained
+        raise UserError(f"train.steps={cfg.train.steps} and train.epochs={cfg.train.epochs} both "
+                        "say how long to train; for epochs add --config.train.steps=0, for steps "
+                        "--config.train.epochs=0")
     training.check(cfg)
     if jax.process_count() > 1 and training.looks_at_all(cfg):
         raise UserError(f"objective {cfg.objective.name!r} looks at all data between steps, which "
                         f"one process must hold; this job has {jax.process_count()}")
     steps, per_epoch = total_steps(cfg, rows)
-    training.check_steps(training.sized(cfg, rows=rows, steps_per_epoch=per_epoch), steps)
+    sized = training.sized(cfg, rows=rows, steps_per_epoch=per_epoch)
+    training.check_steps(sized, steps)
     optim.make(cfg.optim, steps, per_epoch)
     feed.check(cfg.data)
     mesh = parallel.make_mesh(cfg.mesh)
@@ -58,6 +63,7 @@ def check(cfg: ml_collections.ConfigDict, rows: int) -> None:
         if k < 1 or cfg.train[name] % k:
             raise UserError(f"train.{name}={cfg.train[name]} must be a multiple of "
                             f"train.steps_per_dispatch={k} (at least 1)")
+    training.rehearse(sized, steps, mesh)
 
 
 def run(cfg: ml_collections.ConfigDict, folder: epath.Path) -> None:
@@ -110,3 +116,7 @@ def _watched(cfg, source, folder):
     if test_sets.has_labels(source):
         return test_sets.make(cfg, source, sources.load(cfg.data, "test"), trigger)
     return evaluate.test_data(cfg, trigger) if cfg.downstream else None
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=pretrain")

@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from jax_cl_bd.attacks.plan import LAYOUTS, Plan
+from jax_cl_bd.errors import no_program
 
 TILES = 16
 COLUMNS = 4
@@ -145,3 +146,7 @@ def _title(figure, cfg, plan, rows, classes):
     if handles:
         figure.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False,
                       fontsize=9, bbox_to_anchor=(0.5, 1 - 0.26 * inch))
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=poison")

@@ -4,7 +4,6 @@
     python -m jax_cl_bd.report DIR [DIR ...] --out=FOLDER   # groups runs equal but for seed, target
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import PurePath
@@ -12,7 +11,7 @@ from pathlib import PurePath
 import ml_collections
 from etils import epath
 
-from jax_cl_bd import errors
+from jax_cl_bd import command_line, errors
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import fronts, html, many_runs, one_run, read
 
@@ -60,12 +59,11 @@ def compare(folders: list[epath.Path], out: epath.Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Reads the command line; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m jax_cl_bd.report",
-                                     description="Reports one run folder, or many as a table.")
+    parser = command_line.Parser("jax_cl_bd.report", __doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="run folders, local or gs://")
     parser.add_argument("--out", help="folder for the table over many runs")
     given = parser.parse_args(argv)
-    folders = [epath.Path(f) for f in given.folders]
+    folders = read.folders(given.folders)
     if given.out:
         print(compare(folders, epath.Path(given.out)))
     elif len(folders) == 1:

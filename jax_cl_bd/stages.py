@@ -1,6 +1,7 @@
 """Which stages a run has, what each needs, and when it is complete."""
 
 import errno
+import operator
 import sys
 import textwrap
 
@@ -23,6 +24,7 @@ from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import start
 from jax_cl_bd.reporting import table, vetting
+from jax_cl_bd.settings import asked_of
 from jax_cl_bd.train import NonFinite
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
@@ -38,6 +40,9 @@ LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
 GOES_ON = "the same command goes on where it stopped"
 # Errors after which the same command would fail again; what to do is in their message.
 SAYS_ITSELF = (CorruptRow, NonFinite, FloatingPointError)
+POSITIVE = ("data.image_size", "train.batch_size", "train.chunks", "evals.batch_size")
+NOT_NEGATIVE = ("seed", "data.workers", "train.steps", "train.epochs", "train.log_every",
+                "train.save_every", "train.eval_every")
 VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train",
                "init_from")
 
@@ -76,10 +81,20 @@ def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
     Raises:
         UserError: one line with the value seen and what is allowed.
     """
-    if cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed} must not be negative")
-    if set(chosen) <= {"report"}:
-        return  # it reads no data
+    with asked_of(cfg):
+        _check_numbers(cfg)
+        if not set(chosen) <= {"report"}:  # which reads no data
+            _check(cfg, chosen)
+
+
+def _check_numbers(cfg):
+    for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            if (value := operator.attrgetter(name)(cfg)) < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+
+
+def _check(cfg, chosen):
     if not cfg.data.name:
         raise UserError("data.name is empty: name the data, such as --config.data.name=folder:PATH"
                         ", or a finished run whose own rows are meant: --config.victim=RUN")

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd import checkpoint, metrics, multihost, observe, parallel
+from jax_cl_bd.errors import no_program
 
 
 @flax.struct.dataclass
@@ -138,9 +139,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                        for what, every in (("log", cfg_train.log_every),
                                            ("save", cfg_train.save_every),
                                            ("eval", cfg_train.eval_every))}
-                # Several processes must save at one step, and ask each other only now and then; once
-                # their steps are done, since CPUs do not keep to the order of what is exchanged,
-                # and one in its step would wait for another in its question for ever.
+                # Several processes must save at one step, and ask each other only now and then. CPUs
+                # do not keep to the order of exchanges: one asking while another is still in its
+                # step can wait for ever.
                 if due["log"] and not alone:
                     jax.block_until_ready(values)
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
@@ -259,3 +260,7 @@ def _signals():
             signal.signal(number, handler)
     if seen:  # since the loop last asked
         signal.raise_signal(seen[0])
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd --config=FILE --workdir=DIR --stages=pretrain")

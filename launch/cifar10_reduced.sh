@@ -2,7 +2,9 @@
 # The reduced CIFAR-10 runs of docs/results.md. Stop it and start it again at will.
 # Usage: TFDS_DATA_DIR=DIR [DRY_RUN=1] bash launch/cifar10_reduced.sh FOLDER [--config.key=value ...]
 set -eu
-folder=${1:?folder for the runs}
+. "$(dirname "$0")/env.sh"
+[ $# -ge 1 ] || refuse "usage: bash launch/cifar10_reduced.sh FOLDER [--config.key=value ...]"
+folder=$1
 shift
 run() {  # run NAME ARGUMENTS [FLAGS...]
   name=$1 arguments=$2

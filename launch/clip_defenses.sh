@@ -14,13 +14,15 @@
 # pretrained without and with the in-modality term, and pretraining that defends itself, seeds 0 to
 # 2. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
 set -eu
-folder=${1:?folder for the runs}
+. "$(dirname "$0")/env.sh"
+[ $# -ge 1 ] || refuse "usage: bash launch/clip_defenses.sh FOLDER [PART] [--config.key=value ...]"
+folder=$1
 shift
 part=all
 case ${1:-} in
   victims|repair|baselines|limits|cleaning|cifar10) part=$1; shift ;;
   ""|--*) ;;
-  *) echo "unknown part $1; one of victims, repair, baselines, limits, cleaning, cifar10" >&2; exit 2 ;;
+  *) refuse "unknown part $1; one of victims, repair, baselines, limits, cleaning, cifar10" ;;
 esac
 file=configs/clip_scenes.py: flags=(--config.evals.other_test_split=shifted "$@")
 rates=${RATES:-(0.001,0.003)}

@@ -11,13 +11,15 @@
 # varied; thresholds come from ten other clean encoders, at last python -m
 # jax_cl_bd.reporting.detection says how well they are told apart.
 set -eu
-victims=${1:?folder of the victims} folder=${2:?folder for the runs}
+. "$(dirname "$0")/env.sh"
+[ $# -ge 2 ] || refuse "usage: bash launch/clip_detection.sh VICTIMS FOLDER [PART] [--config.key=value ...]"
+victims=$1 folder=$2
 shift 2
 part=all
 case ${1:-} in
   rows|encoders) part=$1; shift ;;
   ""|--*) ;;
-  *) echo "unknown part $1; one of rows, encoders" >&2; exit 2 ;;
+  *) refuse "unknown part $1; one of rows, encoders" ;;
 esac
 flags=("$@")
 

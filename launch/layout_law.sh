@@ -3,7 +3,9 @@
 # A control is clean, so its layout is none: one for each crop law and seed serves all its cases.
 # Usage: [DRY_RUN=1] [SEEDS="0 1 2"] bash launch/layout_law.sh FOLDER [--config.key=value ...]
 set -eu
-folder=${1:?folder for the runs}
+. "$(dirname "$0")/env.sh"
+[ $# -ge 1 ] || refuse "usage: bash launch/layout_law.sh FOLDER [--config.key=value ...]"
+folder=$1
 shift
 for seed in ${SEEDS:-0 1 2}; do
   for case in equal free gap_quarter gap_half off_centre corner scale_008 scale_035; do

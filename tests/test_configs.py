@@ -34,13 +34,15 @@ VARIANTS = {
                     "tower=vit", "tower=vit,objective=siglip",
                     "objective=roclip,defense=clean_clip", "objective=safeclip,defense=fine_tune"],
     "clip_pairs": ["", "attack=blended,tower=vit_b32,objective=siglip,downstream=scenes",
-                   "attack=optimized_patch,in_modality"],
+                   "attack=optimized_patch,in_modality", "defense=clean_clip",
+                   "defense=fine_tune"],
     "layout_law": ["case=free"],
     "cifar10": ["", "reduced,objective=moco,defense=distill", "objective=byol",
                 "objective=simsiam", "reduced,objective=byol"],
     "vet_encoder": ["data=digits,split=train"],
     "vet_dataset": ["", "objective=simclr"],
-    "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam"],
+    "imagenet100": ["", "attack=noisy_alignment,objective=byol", "objective=simsiam",
+                    "defense=distill", "defense=retrain"],
 }
 
 
@@ -71,8 +73,16 @@ def test_settings_are_those_on_record(name, arg):
     assert path.read_text() == text, f"a default changed; UPDATE_GOLDEN=1 rewrites {path.name}"
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("debug", ["", "debug,"])
+def test_a_length_is_in_steps_or_in_epochs(name, debug):
+    for arg in VARIANTS[name]:
+        train = config(name, debug + arg).train
+        assert not (train.steps and train.epochs), arg
+
+
 @pytest.mark.parametrize("arg, message", [
-    ("adaptive=many", "unknown adaptive 'many'; allowed: all, beside, several, small"),
+    ("adaptive=many", r"unknown adaptive 'many' \(allowed: all, beside, several, small"),
     ("adaptive=small,fresh", "not of fresh"), ("adaptive=small,wanet", "not of wanet")])
 def test_arguments_that_do_not_fit_are_refused(arg, message):
     with pytest.raises(ValueError, match=message):

@@ -119,9 +119,16 @@ def test_detection_judges_other_encoders_than_those_that_set_the_threshold():
 
 
 def test_an_unknown_part_is_refused():
-    done = subprocess.run(["bash", "launch/clip_defenses.sh", "runs/x", "victim"], cwd=ROOT,
-                          text=True, capture_output=True)
-    assert done.returncode == 2 and "unknown part victim" in done.stderr
+    done = launch("clip_defenses.sh", "runs/x", "victim")
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown part victim")
+
+
+@pytest.mark.parametrize("script", sorted([*COUNTS, "clip_detection.sh"]))
+def test_an_experiment_without_a_folder_says_its_usage(script):
+    done = launch(script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: usage: bash launch/{script} ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script, words, environment", [

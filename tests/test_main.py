@@ -25,7 +25,7 @@ def test_bad_config_argument_and_missing_workdir():
                                         "--workdir=x")
     assert "objctive" in refused("--config=configs/quickstart.py:objctive=moco", "--workdir=x")
     assert "--workdir is missing" in refused(*BASE)
-    assert "did you mean 'configs/quickstart.py'" in refused("--config=configs/quickstrt.py")
+    assert "did you mean 'configs/quickstart.py'" in refused("--config", "configs/quickstrt.py")
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -67,12 +67,44 @@ def test_bad_config_argument_and_missing_workdir():
     ({"evals.probes": ("mismatch",)}, "measures the attack mismatched_pairs"),
     ({"control_from": "no/such/run"}, "control_from"),
     ({"optim.name": "adamw"}, "needs optim.b1"),
+    ({"train.batch_size": 0}, "train.batch_size=0 must be at least 1"),
+    ({"data.image_size": 0}, "data.image_size=0"),
+    ({"train.save_every": -1}, "train.save_every=-1 must be at least 0"),
+    ({"objective.dim": 0}, "objective.dim=0"),
+    ({"augment.view1.crop_scale": ()}, "two numbers"),
+    ({"train.epochs": 3}, "--config.train.steps=0"),
+    ({"attack.name": "ssl_backdoor"}, "setting attack.targeted is missing for attack "
+     "'ssl_backdoor'; choose it after the colon, --config=FILE:attack=ssl_backdoor"),
+    ({"attack.trigger.name": "blend"}, "attack.trigger.fixed is missing for trigger 'blend'; add"),
+    ({"defense.name": "decree"}, "defense.images is missing for defense 'decree'"),
+    ({"model.name": "vit"}, "model.act is missing for model 'vit'"),
+    ({"objective.name": "byol"}, "objective.tau is missing for objective 'byol'"),
+    ({"objective.name": "moco"}, "objective.queue_batches is missing"),
+    ({"data.name": "cifar10"}, "did you mean 'tfds:cifar10'"),
 ])
 def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
     with pytest.raises(UserError) as refusal:
         stages.check(quickstart(**changes), list(stages.GROUPS))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_config_without_some_settings_says_which():
+    cfg = quickstart()
+    with cfg.unlocked():
+        del cfg.train["chunks"]
+    with pytest.raises(UserError, match="setting train.chunks is missing from the config"):
+        stages.check(cfg, ["pretrain"])
+    cfg = quickstart()
+    del cfg["downstream"]
+    with pytest.raises(UserError, match="setting downstream is missing from the config; the func"):
+        stages.check(cfg, ["evaluate"])
+
+
+def test_errors_that_are_no_missing_setting_stay_what_they_are(monkeypatch):
+    monkeypatch.setattr(stages.sources, "load", lambda *_: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        stages.check(quickstart(), ["poison"])
 
 
 def test_an_in_modality_term_without_second_captions_is_refused():

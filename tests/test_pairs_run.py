@@ -79,6 +79,15 @@ def test_what_needs_labels_is_refused_before_anything_is_made(config, no_compile
     assert "\n" not in str(error.value)
 
 
+def test_defenses_of_pairs_are_those_that_need_no_labels(config):
+    for name in ("fine_tune", "decree"):
+        stages.check(config(f"debug,defense={name}"), ["defend"])
+    for name, says in (("clean_clip", "needs labelled images, and data set 'pairs:"),
+                       ("supervised", "needs labelled images"), ("bdetclip", "'validation'")):
+        with pytest.raises(UserError, match=says):
+            stages.check(config(f"debug,defense={name}"), ["defend"])
+
+
 def test_a_downstream_set_must_have_labels_and_the_target(config, folder, tmp_path):
     cfg = config()
     cfg.downstream = cfg.data.name

@@ -88,10 +88,10 @@ def check(recipe, interpolation: str) -> None:
             raise UserError(f"augment {name} is {recipe[name]}; it must be in [0, {top}]")
     for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf")),
                       ("blur_sigma", float("inf"))):
-        low, high = recipe[name]
-        if not 0 < low <= high <= top:
-            raise UserError(f"augment {name} is {tuple(recipe[name])}; it must be two numbers "
-                            f"with 0 < low <= high <= {top}")
+        pair = tuple(recipe[name])
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
+            raise UserError(f"augment {name} is {pair}; it must be two numbers with 0 < low <= "
+                            f"high <= {top}")
 
 
 def pick(data: dict, batch: dict, row: jax.Array) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from jax_cl_bd.data import images, pairs
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, no_program
 from jax_cl_bd.metrics import Progress
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -213,3 +213,7 @@ def _write_text(path, text):
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd.data.prepare pairs SHARDS... --out=DIR")

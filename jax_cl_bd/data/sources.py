@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from jax_cl_bd.data import captions, images, parallel_map
-from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.errors import UserError, nearest, unknown
 
 NAMES = ("digits", "scenes", "tfds:NAME", "folder:PATH", "pairs:PATH")
 CAPTIONS = ("", "templates")
@@ -137,7 +137,7 @@ def _open(cfg, split, environment):
     kind, colon, rest = cfg.name.partition(":")
     allowed = {n.partition(":")[0]: n for n in NAMES}
     if kind not in allowed:
-        raise unknown("data set", cfg.name, NAMES)
+        raise unknown("data set", cfg.name, NAMES, meant=_meant(cfg.name, allowed))
     if (":" in allowed[kind]) != bool(rest):
         raise UserError(f"data set {cfg.name!r} should look like {allowed[kind]!r}")
     if cfg.get("captions", "") not in CAPTIONS:
@@ -161,6 +161,20 @@ def _open(cfg, split, environment):
     if cfg.get("captions", "") == "templates":
         source = captions.by_template(source, cfg.get("captions_per_row", 5))
     return source
+
+
+def _meant(name, kinds) -> str:
+    """What a name of no data set was meant to be; "" where nothing is like it."""
+    from jax_cl_bd.data import pairs, tfds
+
+    kind, colon, rest = name.partition(":")
+    if os.path.isdir(name):
+        places = [name, *(entry.path for entry in os.scandir(name) if entry.is_dir())]
+        prepared = any(os.path.exists(os.path.join(place, pairs.LIST)) for place in places)
+        return f"{'pairs' if prepared else 'folder'}:{name}"
+    if near := nearest(kind, kinds):
+        return near + colon + rest
+    return f"tfds:{name}" if name in tfds.names() else ""
 
 
 def without_corrupt(source):

@@ -196,6 +196,14 @@ def library() -> ModuleType:
     return tensorflow_datasets
 
 
+def names() -> list[str]:
+    """The data sets that the library knows of; none where it is not installed."""
+    try:
+        return library().list_builders(with_community_datasets=False)
+    except UserError:
+        return []
+
+
 def find(tfds: ModuleType, name: str, place: str | None) -> Any:
     """The builder of a data set, prepared or not.
 

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from jax_cl_bd.data import images, mentions
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import labelled
 from jax_cl_bd.triggers import htba, patch
 
@@ -189,7 +189,7 @@ def _check_placements(cfg, trigger, placements):
     for placement in placements:
         known = getattr(trigger[0], "PLACES", PLACEMENTS)
         if placement not in known:
-            raise UserError(f"evals.placements has {placement!r}; allowed: {', '.join(known)}")
+            raise unknown("place in evals.placements,", placement, known)
         if placement not in (*PLACEMENTS, used.get("train_place"), used.get("test_place")):
             raise UserError(f"evals.placements has {placement!r}, a place that neither training "
                             "nor test has: set --config.attack.trigger.test_place="

@@ -1,9 +1,15 @@
-"""python -m jax_cl_bd.layouts --scale 0.2 1 --trigger 0.25: solves a layout and draws it."""
+"""python -m jax_cl_bd.layouts --scale 0.2 1 --trigger 0.25: solves a layout and draws it.
 
-import argparse
+Finds the poison layout with the largest probability that the random crops of one image form the
+attack's pair. All lengths are in one unit: the side of the reference. error_bound is an estimate of
+the numerical error (the quadrature's, plus the solver's tolerance around the layout found); it is
+no guarantee that no other layout is better. It is null where no layout is found.
+"""
+
 import json
 import sys
 
+from jax_cl_bd.command_line import Parser
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.layouts.draw import layout_figure
 from jax_cl_bd.layouts.pair_probability import ATTACKS, LAWS
@@ -13,19 +19,9 @@ NOTHING = ("no layout has a positive pair probability under this crop law: no tw
            "the two parts (a lowest scale of 0.5 or more always does this)")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse(argv):
     """Reads the command line; raises UserError on what argparse does not understand."""
-    parser = Parser(prog="python -m jax_cl_bd.layouts", description=(
-        "Finds the poison layout with the largest probability that the random crops of one image "
-        "form the attack's pair. All lengths are in one unit: the side of the reference."),
-        epilog="error_bound is an estimate of the numerical error (the quadrature's, plus the "
-               "solver's tolerance around the layout found); it is no guarantee that no other "
-               "layout is better. It is null where no layout is found.")
+    parser = Parser("jax_cl_bd.layouts", __doc__)
     parser.add_argument("--scale", nargs=2, type=float, default=(0.2, 1.0),
                         metavar=("LOW", "HIGH"), help="RandomResizedCrop's share of the area")
     parser.add_argument("--ratio", nargs=2, type=float, default=(3 / 4, 4 / 3),

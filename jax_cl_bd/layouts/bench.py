@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_cl_bd.errors import no_program
 from jax_cl_bd.layouts import crop_law
 from jax_cl_bd.layouts.pair_probability import Layout, probabilities
 from jax_cl_bd.layouts.solve import solve
@@ -89,3 +90,7 @@ def exact_pair(*, scale, ratio, trigger: float) -> tuple[float, float]:
     accepted = expected(lambda w, h: 1.0)
     share = (1 - (1 - accepted) ** 10) / accepted
     return share * expected(reference), share * expected(triggered)
+
+
+if __name__ == "__main__":
+    no_program("jax_cl_bd.bench layout")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.layouts.pair_probability import SLACK, Layout, check_law, evaluate, probabilities
 
 BATCH = 128  # layouts per call: one shape, so one compile per quadrature
@@ -106,7 +106,7 @@ def check(scale, ratio, trigger, reference, canvas, shadow, crops, attack, law, 
     """Raises UserError with what is wrong and what is allowed."""
     check_law(scale=scale, ratio=ratio, crops=crops, attack=attack, law=law, pixels=pixels)
     if shadow not in SHADOWS:
-        raise UserError(f"shadow {shadow!r}: must be one of {', '.join(SHADOWS)}")
+        raise unknown("shadow", shadow, SHADOWS)
     if not (0 < min(reference) and max(reference) < np.inf):
         raise UserError(f"reference {reference[0]:g} {reference[1]:g}: both sides must be positive")
     if not 0 < trigger <= min(reference):

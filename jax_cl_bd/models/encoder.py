@@ -55,7 +55,10 @@ class Encoder:
 
     @property
     def text(self) -> Callable[[list[str]], np.ndarray] | None:
-        """Encodes captions into the shared space: list of str -> float32 [N, E], unit vectors."""
+        """Encodes captions into the shared space: list of str -> float32 [N, E], unit vectors.
+
+        None of a model without a text tower, and so are `project` and `logit_scale`: ask before.
+        """
         return self.pair and self.pair.text
 
     @property
@@ -69,7 +72,12 @@ class Encoder:
         return self.pair and self.pair.logit_scale
 
     def image(self, images: np.ndarray) -> np.ndarray:
-        """Encodes uint8 [N, S, S, 3]; gives float32 [N, D]. The last batch is padded, not cut."""
+        """Encodes uint8 [N, S, S, 3]; gives float32 [N, D]. The last batch is padded, not cut.
+
+        Raises:
+            UserError: images of another type or size.
+        """
+        self._check(images)
         size = min(self.batch_size, -(-len(images) // self.mesh.size) * self.mesh.size)
         size = max(size // self.mesh.size, 1) * self.mesh.size
         mean, std = np.float32(self.mean), np.float32(self.std)
@@ -84,6 +92,17 @@ class Encoder:
                 for watcher in self.watchers:
                     watcher(len(block))
         return np.concatenate([parallel.to_host(z)[:n] for z, n in out])
+
+
+    def _check(self, images):
+        side, shape = self.image_size, np.shape(images)
+        dtype = getattr(images, "dtype", type(images).__name__)
+        if dtype != np.uint8:
+            raise UserError(f"images are {dtype}; an encoder takes uint8, 0 to 255, and normalises "
+                            "them itself")
+        if len(shape) != 4 or not len(images) or shape[1:] != (side, side, 3):
+            raise UserError(f"images have shape {list(shape)}; this encoder takes [N, {side}, "
+                            f"{side}, 3] with N at least 1")
 
 
 def of_parts(cfg: ml_collections.ConfigDict, variables, mesh, tokenizer=None) -> Encoder:

@@ -57,6 +57,9 @@ def check(cfg: ml_collections.ConfigDict) -> None:
         says = "needs a text tower" if needs else "has no use for a text tower"
         raise UserError(f"objective {cfg.objective.name!r} {says}, and text.name is "
                         f"{cfg.text.name!r}")
+    for name in ("dim", "hidden", "bottleneck", "layers", "queue_batches"):
+        if cfg.objective.get(name, 1) < 1:
+            raise UserError(f"objective.{name}={cfg.objective[name]} must be at least 1")
     objective.heads(cfg.objective, bn_groups=cfg.model.bn_groups)
     if hasattr(objective, "TEXT_AUGMENT"):
         if cfg.data.text_augment != objective.TEXT_AUGMENT:
@@ -78,6 +81,38 @@ def check_steps(cfg: ml_collections.ConfigDict, steps: int) -> None:
     objective = lookup.load("objectives", cfg.objective.name, offers="loss")
     if hasattr(objective, "check_steps"):
         objective.check_steps(cfg, steps)
+
+
+def rehearse(cfg: ml_collections.ConfigDict, steps: int, mesh) -> None:
+    """Draws the model and goes through the objective's loss on shapes alone, without the towers, so
+    that what either lacks is found before anything is compiled. cfg: `sized`."""
+    objective = lookup.load("objectives", cfg.objective.name, offers="loss")
+    fns = parts.make_apply_fns(modules_of(cfg))
+    rows, side = cfg.train.batch_size, cfg.data.image_size
+    image = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)
+    batch = {"view1": image, "view2": image, "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    if cfg.text.name != "none":
+        tokens = jax.ShapeDtypeStruct((rows, cfg.text.context), jnp.int32)
+        batch |= {"tokens": tokens, "tokens2": tokens, "tokens3": tokens}
+
+    def once(key, batch):
+        variables, step = init_variables(cfg, key), jnp.zeros((), jnp.int32)
+        extra = objective.init_extra(cfg, variables, key)
+        for name, given in (("encoder", "view1"), ("text", "tokens")):
+            if name in fns:
+                fns[name] = _stand_in(fns[name], name, variables, batch[given][:1])
+        _, (stats, extra, _) = objective.loss(cfg, variables, extra, batch, fns, key, step)
+        return objective.after_update(cfg, {**variables, "batch_stats": stats}, extra, step, steps)
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(once, jax.random.key(0), batch)
+
+
+def _stand_in(tower, name, variables, x):
+    """Answers with zeros where a tower would give features, of as many numbers."""
+    width = tower(variables, x, False)[0].shape[-1]
+    return lambda variables, x, train: (jnp.zeros((len(x), width)),
+                                        variables["batch_stats"].get(name, {}))
 
 
 def sized(cfg: ml_collections.ConfigDict, *, rows: int, steps_per_epoch: int):

@@ -7,7 +7,6 @@ encoders of runs without an attack. The threshold comes from the clean encoders 
 folders alone, at a stated false alarm rate. Writes detection.json, detection.png and table.md.
 """
 
-import argparse
 import os
 import sys
 
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from jax_cl_bd import errors, run_folder
+from jax_cl_bd import command_line, errors, run_folder
 from jax_cl_bd.defenses import _vetting
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.reporting import read, words
@@ -167,7 +166,7 @@ def table(rows: list[dict], found: dict, defense: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Reads the command line; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m jax_cl_bd.reporting.detection")
+    parser = command_line.Parser("jax_cl_bd.reporting.detection", __doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument("--calibrate", nargs="+", metavar="DIR", required=True)
     parser.add_argument("--defense", default="decree")

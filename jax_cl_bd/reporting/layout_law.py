@@ -5,7 +5,6 @@ beside the attack's measured excess, with their rank correlation over the cases.
 that are equal but for the seed, by their configs; the name of a folder plays no part.
 """
 
-import argparse
 import collections
 import sys
 
@@ -14,10 +13,11 @@ from etils import epath
 from matplotlib.figure import Figure
 from scipy import stats
 
-from jax_cl_bd import errors, run_folder
+from jax_cl_bd import command_line, errors, run_folder
 from jax_cl_bd.attacks.plan import Plan
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.reporting import groups, pairs
+from jax_cl_bd.reporting.read import folders
 
 RESAMPLES = 10_000
 ROWS = (("linear_probe", "random", "at random places"),
@@ -126,11 +126,11 @@ def table(found: dict[str, list[dict]], row: str, rho: float, interval: list[flo
 
 def main(argv: list[str]) -> None:
     """Writes table.md and a picture for the random and the central place of the trigger."""
-    parser = argparse.ArgumentParser(prog="python -m jax_cl_bd.reporting.layout_law")
+    parser = command_line.Parser("jax_cl_bd.reporting.layout_law", __doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument("--out", required=True)
     given = parser.parse_args(argv)
-    found = cases([read(epath.Path(folder)) for folder in given.folders])
+    found = cases([read(folder) for folder in folders(given.folders)])
     out, text = epath.Path(given.out), []
     out.mkdir(parents=True, exist_ok=True)
     for row, name, where in ROWS:

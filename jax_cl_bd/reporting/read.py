@@ -1,6 +1,7 @@
 """What a report finds in a run folder; whatever is missing is None or empty."""
 
 import dataclasses
+import os
 
 import ml_collections
 import numpy as np
@@ -8,7 +9,7 @@ from etils import epath
 
 from jax_cl_bd import metrics, run_folder
 from jax_cl_bd.attacks.plan import Plan
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, nearest
 
 OF_CONTROL = " of control"  # "<defense> of control": the control after that defense
 
@@ -57,6 +58,29 @@ class Run:
             repaired = {name: rows, f"{name}{OF_CONTROL}": rows.get("control", {})}
             found |= {label: own for label, own in repaired.items() if probes(own)}
         return found
+
+
+def folders(names: list[str]) -> list[epath.Path]:
+    """The run folders that a command line names.
+
+    Raises:
+        UserError: one of them does not exist, or is another once more.
+    """
+    found, places = [], {}
+    for name in names:
+        folder = epath.Path(name)
+        if not folder.is_dir():
+            beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+            near = nearest(str(folder), [str(path) for path in beside if path.is_dir()])
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise UserError(f"the run folder {name!r} does not exist{hint}")
+        place = str(folder) if "://" in name else os.path.realpath(folder)
+        if place in places:
+            raise UserError(f"the run folder {name!r} is given twice, the first time as "
+                            f"{places[place]!r}; a run counts once")
+        places[place] = name
+        found.append(folder)
+    return found
 
 
 def load(folder: epath.Path, cfg: ml_collections.ConfigDict | None = None) -> Run:

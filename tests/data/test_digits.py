@@ -67,7 +67,7 @@ def test_a_limit_takes_the_same_rows_every_time_and_subsets_nest():
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="digit"), "did you mean 'digits'"),
-    (dict(name="tdfs:cifar10"), "did you mean 'tfds:NAME'"),
+    (dict(name="tdfs:cifar10"), "did you mean 'tfds:cifar10'"),
     (dict(name="tfds"), "should look like 'tfds:NAME'"),
     (dict(name="digits:8"), "should look like 'digits'"),
     (dict(train_split="trian"), "did you mean 'train'"),
@@ -76,6 +76,14 @@ def test_a_limit_takes_the_same_rows_every_time_and_subsets_nest():
 def test_mistakes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         sources.load(config(**change), "train")
+
+
+def test_a_folder_is_told_its_prefix(tmp_path):
+    for file, meant in (("train/cat/a.png", "folder"), ("train/pairs.json", "pairs")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+        with pytest.raises(UserError, match=f"did you mean '{meant}:{tmp_path}'"):
+            sources.load(config(name=str(tmp_path)), "train")
 
 
 def test_corrupt_rows_are_left_out_only_when_asked():

@@ -3,10 +3,8 @@
 import importlib.util
 import io
 import pickle
-import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import ml_collections
 import numpy as np
@@ -116,24 +114,19 @@ def test_how_to_prepare_is_what_the_readme_says():
     ("cifra10", "unknown tfds data set 'cifra10'; did you mean 'cifar10'"),
     ("cifar10/nope", "'cifar10/nope': .*"), ("a b", "'a b' is no tfds name"),
     ("cifar10", "needs TensorFlow, which is not installed: pip install -c constraints.txt -e")])
-def test_preparing_says_what_is_wrong_in_one_line(name, message, tmp_path, monkeypatch, capsys):
+def test_preparing_says_what_is_wrong_in_one_line(name, message, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *rest: name != "tensorflow" and find(name, *rest) or None)
-    monkeypatch.setattr(prepare, "_DATA_DIR", SimpleNamespace(value=str(tmp_path / "new")))
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main(["prepare", name])
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and re.match(f"error: .*{message}", said), said
-    assert "\n" not in said and not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=message) as refusal:
+        prepare.main([name, f"--data_dir={tmp_path / 'new'}"])
+    assert "\n" not in str(refusal.value) and not (tmp_path / "new").exists()
 
 
-def test_preparing_without_the_library_says_so(monkeypatch, capsys):
+def test_preparing_without_the_library_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.setattr(prepare, "_DATA_DIR", SimpleNamespace(value="x"))
-    with pytest.raises(SystemExit):
-        prepare.main(["prepare", "cifar10"])
-    assert "error: tfds data sets need packages" in capsys.readouterr().err
+    with pytest.raises(UserError, match="tfds data sets need packages"):
+        prepare.main(["cifar10", "--data_dir=x"])
 
 
 CAPTIONS = [[f"Caption {j} of\n {i}: grün " for j in range(i % 3 + 1)] for i in range(7)]

@@ -41,6 +41,17 @@ def test_no_image_is_dropped_or_changed_by_its_batch(opened, count):
     np.testing.assert_allclose(got, whole[:count], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrong, says", [
+    (images(2) / 255.0, "images are float64; an encoder takes uint8"),
+    (images(2).astype(np.int32), "int32"), (images(2).tolist(), "images are list"),
+    (images(2, side=17), r"shape \[2, 17, 17, 3\]; this encoder takes \[N, 16, 16, 3\]"),
+    (images(1)[0], r"\[16, 16, 3\]"), (images(2)[..., :1], r"\[2, 16, 16, 1\]"),
+    (images(0), "N at least 1")])
+def test_other_images_than_it_was_made_for_are_refused(opened, wrong, says):
+    with pytest.raises(UserError, match=says):
+        opened[2].image(wrong)
+
+
 def test_watchers_see_every_image_once(opened):
     seen = []
     opened[2].watchers.append(seen.append)

@@ -175,5 +175,21 @@ def test_a_defended_victim_is_paired_with_the_defended_control(tmp_path):
 
 
 def test_many_folders_need_a_place(tmp_path):
+    two = [tmp_path / "runs" / name for name in ("a", "b")]
+    for folder in two:
+        folder.mkdir(parents=True)
     with pytest.raises(UserError, match="--out"):
-        report.main([str(tmp_path), str(tmp_path)])
+        report.main([str(folder) for folder in two])
+
+
+def test_a_run_counts_once_and_must_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run_0", "run_1"):
+        (tmp_path / name).mkdir()
+    for folders, says in ((["run_0", "run_1", f"{tmp_path}/run_0/"], "given twice, the first time"),
+                          (["run_0", "rnu_1"], "'rnu_1' does not exist; did you mean 'run_1'"),
+                          (["run_0", "zzz"], "'zzz' does not exist$"),
+                          (["nowhere/run_0"], "does not exist")):
+        with pytest.raises(UserError, match=says):
+            report.main([*folders, "--out=out"])
+    assert not (tmp_path / "out").exists()
