@@ -139,9 +139,9 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
                        for what, every in (("log", cfg_train.log_every),
                                            ("save", cfg_train.save_every),
                                            ("eval", cfg_train.eval_every))}
-                # Several processes must save at one step, and ask each other now and then. CPUs do not
-                # keep to the order of exchanges: one that asks while another is still in its step
-                # can wait for ever.
+                # Several processes must save at one step, and ask each other now and then. CPUs do
+                # not keep to the order of exchanges: one that asks while another is still in its
+                # step can wait for ever.
                 if due["log"] and not alone:
                     jax.block_until_ready(values)
                 interrupted = bool(stop) if alone else due["log"] and multihost.any_of(bool(stop))
