@@ -39,7 +39,7 @@ def for_gpu(cfg, batch_size, *, folder=None, **model):
             if cfg.text.name != "none":
                 cfg.data.update(captions="templates", captions_per_row=5)
         cfg.model.update({"dtype": "bfloat16", "bn_groups": 1, **model})
-        cfg.train.update(batch_size=batch_size, steps=1000, log_every=20)
+        cfg.train.update(batch_size=batch_size, steps=1000, epochs=0, log_every=20)
         cfg.attack.target, cfg.mesh.data = 0, 1
     return cfg
 

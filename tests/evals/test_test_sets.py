@@ -128,7 +128,7 @@ def test_several_patches_are_measured_at_places_of_their_own():
 
 def test_a_place_that_the_trigger_was_not_made_for_is_refused():
     cfg = _cfg(placements=("four_corners",))
-    with pytest.raises(UserError, match="has 'four_corners'; allowed: random, center"):
+    with pytest.raises(UserError, match="evals.placements, 'four_corners' .allowed: center"):
         _data(cfg)
     cfg.attack.trigger.name, cfg.attack.trigger.fixed = "noise_patch", True
     params = noise_patch.init(cfg.attack.trigger, jax.random.key(0))
