@@ -45,20 +45,20 @@ class Pairs:
 
 
 def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
-           victims: dict[int, int], ground, rho: float,
-           rng: np.random.Generator) -> tuple[Pairs, dict[str, int]]:
+           victims: dict[int, int], ground, rng: np.random.Generator
+           ) -> tuple[Pairs, dict[str, int]]:
     """Builds the set.
 
     Args:
         settings: parts, per_label, replay (pairs for each pair of the other parts).
         pool, clean: sources with captions.
         victims: row of the pool -> the class that the oracle sees, -1 for none.
-        ground: the oracle (defenses/_oracle.py). rho: flips from which a label is affected.
+        ground: the oracle (defenses/_oracle.py).
     Returns:
         The pairs, the untouched ones first, and how many come from each part.
     """
     every = pool.captions(np.arange(len(pool)))
-    affected = sorted({int(c) for t in triggers for c in np.flatnonzero(t.flips >= rho)})
+    affected = sorted({c for t in triggers for c in t.affected()})
     targets = sorted({t.label for t in triggers})
     found, taken = {part: [] for part in PARTS}, set(victims)
 

@@ -23,13 +23,20 @@ _BLOCK = 256  # images matched at once
 @dataclasses.dataclass(frozen=True)
 class Trigger:
     """A verified trigger: the label it leads to, its picture uint8 [h, w, 3], the rate of clean
-    images of each class [C] that it takes there beyond those that went before, and its bank: more
-    pictures of it, the first among them."""
+    images of each class [C] that it takes there beyond those that went before, its bank (more
+    pictures of it, the first among them), the candidates it rests on, and the rate from which a
+    class counts as affected."""
 
     label: int
     pixels: np.ndarray
     flips: np.ndarray
     bank: tuple[np.ndarray, ...]
+    where: tuple[Candidate, ...] = ()
+    least: float = 0.5
+
+    def affected(self) -> list[int]:
+        """The classes of which the trigger takes at least `least` away."""
+        return np.flatnonzero(self.flips >= self.least).tolist()
 
 
 def flagged(seen: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -115,7 +122,7 @@ def _correlation(x, template):
     t = t - t.mean()
     count = t.size
     window = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="VALID",
-                               dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                               dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
     ones = jnp.ones_like(t)[..., None]
     total, squares = window(x, ones), window(x * x, ones)
     spread = jnp.sqrt(jnp.maximum(squares - total**2 / count, 1e-6))

@@ -3,15 +3,16 @@
 Hossain, Sajeeda, Perla and Shao: "Robust Defense Strategies for Multimodal Contrastive Learning:
 Efficient Fine-tuning Against Backdoor Attacks", arXiv 2511.13545. Four stages: find regions in
 which the suspect sees what the oracle does not (_find_trigger, the paper's Algorithm 1, in part
-reconstructed); from them the target label, the trigger and the poisoned pairs (_pinpoint); a
+reconstructed); from them the target label, the trigger and the poisoned pairs (_recurring, _pinpoint); a
 compact set of pairs (_compact_set); fine-tuning on it (_sweep), by CLIP's loss with the suspect
 held on untouched pairs (objectives/preserve.py). No code and no full text of the second algorithm
-are public: _pinpoint, _compact_set and that loss are reconstructions, and so are all thresholds.
+are public: _pinpoint, _compact_set and that loss are reconstructions, _recurring is ours, and all
+thresholds are reconstructed.
 For triggers that are visible, compact regions; the paper leaves others open.
 
 The verdict says what was found by the defender's own means; with `truth` it also says how right
 that is: target_label_correct (the label named first is the target), trigger_iou (mean over the
-candidates of that label; 0 for those on clean pairs), victim_precision and victim_recall (over the
+images on which that trigger rests; 0 for clean pairs), victim_precision and victim_recall (over the
 pairs of the pool).
 """
 
@@ -25,7 +26,15 @@ from etils import epath
 from PIL import Image
 
 from jax_cl_bd.data import images, mentions, templates
-from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _pinpoint, _regions, _sweep
+from jax_cl_bd.defenses import (
+    _compact_set,
+    _find_trigger,
+    _oracle,
+    _pinpoint,
+    _recurring,
+    _regions,
+    _sweep,
+)
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError, unknown
 from jax_cl_bd.evals import zero_shot
@@ -71,6 +80,9 @@ def check_search(cfg: ml_collections.ConfigDict, clean: int) -> None:
         raise UserError(f"defense.curate.per_label={curate.per_label} and flips={curate.flips} "
                         f"must be at least 1, replay={curate.replay} at least 0 and rho="
                         f"{curate.rho} in (0, 1]")
+    if curate.rho_recurring <= 0:
+        raise UserError(f"defense.curate.rho_recurring={curate.rho_recurring} must be greater than "
+                        "0 (above 1 no picture counts for recurring)")
     if not -1 < curate.correlation <= 1 or curate.searched < 0:
         raise UserError(f"defense.curate.correlation={curate.correlation} must lie in (-1, 1] and "
                         f"searched={curate.searched} be 0 or more")
@@ -101,13 +113,13 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     claims = _find_trigger.suspect_of(suspect, head)
     candidates, counts = scan_pool(cfg, claims, pool, data.clean, ground, regions, label, rng)
     lap("find trigger")
-    triggers = verified(cfg, claims, candidates, counts, data.clean, rng)
+    triggers = verified(cfg, claims, pool, candidates, counts, data.clean, rng)
     lap("verify")
     found = _victims(cfg, claims, pool, data.clean, triggers, ground, regions, label)
     lap("find victims")
-    verdict = _verdict(pool, candidates, counts, triggers, found, cfg.defense.curate.rho)
+    verdict = _verdict(pool, counts, triggers, found)
     if truth is not None:
-        verdict |= _score(truth, suspect.image_size, candidates, triggers, found)
+        verdict |= _score(truth, suspect.image_size, triggers, found)
     # Rows of the set that was trained on, see data/poisoned.py: what there is to throw away.
     report = {"seconds": seconds, "victims": [int(pool.order[row]) for row in sorted(found)],
               "pictures": draw(folder, pool, candidates, triggers, suspect.image_size)}
@@ -118,7 +130,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                     "training_pairs": 0, "gradient_steps": 0}
         return Outcome(verdict, suspect.pair.variables, report, own)
     pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool, data.clean,
-                                       triggers, found, ground, cfg.defense.curate.rho, rng)
+                                       triggers, found, ground, rng)
     lap("curate")
     verdict |= {"compact_set_pairs": len(pairs), "compact_set": parts}
     if len(pairs) < cfg.defense.batch_size:
@@ -160,18 +172,28 @@ def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):
     return found
 
 
-def verified(cfg, suspect, candidates, counts, clean, rng):
-    """The flagged labels whose trigger moves clean images there, the surest first."""
+def verified(cfg, suspect, pool, candidates, counts, clean, rng):
+    """The flagged labels whose trigger moves clean images there, the surest first.
+
+    A picture that recurs in the candidates' images need not move many: that it recurs tells it from
+    the objects of a clean model, pieces of which move images too.
+    """
+    curate = cfg.defense.curate
     labels = np.asarray(clean.table(np.arange(len(clean)))[0])
-    rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:cfg.defense.curate.flips]
+    rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:curate.flips]
                            for c in range(len(clean.classes))]).astype(int)
     shown, triggers = _pictures(clean, rows, suspect.side), []
     for label in _pinpoint.flagged(counts["seen"], counts["found"]):
-        bank = _pinpoint.bank_of([c for c in candidates if c.label == label])
-        trigger = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
-                                   len(clean.classes), rng)
-        if rate_of(trigger, labels[rows]) >= cfg.defense.curate.rho:
-            triggers.append(trigger)
+        own = [c for c in candidates if c.label == label]
+        again = _recurring.find(own, _pictures(pool, [c.row for c in own], suspect.side))
+        tries = [([again.pixels], again.where, curate.rho_recurring)] if again else []
+        tries.append((_pinpoint.bank_of(own), own, curate.rho))
+        for bank, where, least in tries:
+            trigger = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
+                                       len(clean.classes), rng)
+            if rate_of(trigger, labels[rows]) >= least:
+                triggers.append(dataclasses.replace(trigger, where=tuple(where), least=least))
+                break
     return sorted(triggers, key=lambda t: -t.flips.sum())
 
 
@@ -231,15 +253,14 @@ def _pictures(source, rows, side):
     return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows])
 
 
-def _verdict(pool, candidates, counts, triggers, found, rho) -> dict:
+def _verdict(pool, counts, triggers, found) -> dict:
     """What the defender can say."""
-    of_first = [c for c in candidates if triggers and c.label == triggers[0].label]
+    of_first = triggers[0].where if triggers else ()
     return {"backdoor_found": bool(triggers),
             "target_label": triggers[0].label if triggers else None,
             "target_class": str(pool.classes[triggers[0].label]) if triggers else None,
             "flagged_labels": [t.label for t in triggers],
-            "affected_labels": sorted({int(c) for t in triggers
-                                       for c in np.flatnonzero(t.flips >= rho)}),
+            "affected_labels": sorted({c for t in triggers for c in t.affected()}),
             "flip_rate": [round(float(t.flips.sum() / max(1, len(t.flips) - 1)), 4)
                           for t in triggers],
             "trigger_box": list(of_first[0].box) if of_first else None,
@@ -247,7 +268,7 @@ def _verdict(pool, candidates, counts, triggers, found, rho) -> dict:
             "candidates": int(counts["found"].sum()), "victims": len(found)}
 
 
-def _score(truth, side, candidates, triggers, found) -> dict:
+def _score(truth, side, triggers, found) -> dict:
     """How right the verdict is; None where nothing can be said, as of boxes on images that were not
     poisoned at the encoder's size."""
     poisoned = truth.poison >= 0
@@ -255,10 +276,9 @@ def _score(truth, side, candidates, triggers, found) -> dict:
         return {"target_label_correct": None, "trigger_iou": None, "victim_precision": None,
                 "victim_recall": None, "false_alarm": bool(triggers)}
     overlaps = []
-    for c in candidates:
+    for c in triggers[0].where if triggers else ():
         k = truth.poison[c.row]
-        same_size = k < 0 or tuple(truth.plan.canvas[k]) == (side, side)
-        if triggers and c.label == triggers[0].label and same_size:
+        if k < 0 or tuple(truth.plan.canvas[k]) == (side, side):
             overlaps.append(_pinpoint.iou(c.box, truth.plan.trigger_box[k]) if k >= 0 else 0.0)
     rows = np.array(sorted(found), np.int64)
     hits = int(poisoned[rows].sum()) if len(rows) else 0
@@ -273,8 +293,7 @@ def draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
     gives their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     captions = {}
-    label = triggers[0].label if triggers else None
-    shown = [c for c in candidates if label is None or c.label == label][:SHOWN]
+    shown = (triggers[0].where if triggers else candidates)[:SHOWN]
     if shown:
         tiles = []
         for c in shown:

@@ -82,7 +82,7 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     verdict = known.verdict
     assert verdict["target_label_correct"] and verdict["target_class"] == "star"
     assert verdict["victim_precision"] >= 0.9 and verdict["victim_recall"] >= 0.8
-    assert verdict["trigger_iou"] >= 0.5
+    assert verdict["trigger_iou"] == 1.0
     assert verdict["affected_labels"] == [c for c in range(12) if c != 3]
     assert blind.verdict == {k: v for k, v in verdict.items() if k not in SCORED}
     jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
@@ -104,6 +104,42 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     _, same = repaired(cfg, made, tmp_path / "known", truth)
     assert same.verdict == verdict
     jax.tree.map(np.testing.assert_array_equal, same.variables, known.variables)
+
+
+def test_a_weak_backdoor_is_known_by_the_patch_that_recurs(cfg, made):
+    source, plan, given, trigger = made
+    patch = np.rint(trigger[1]["image"] * 255).astype(np.uint8)
+    rows = np.flatnonzero(given.pool.poison >= 0)[:8]
+    found = []
+    for row in rows:  # boxes as Algorithm 1 gives them: the patch and some of what is beside it
+        y, x, h, w = (int(v) for v in plan.trigger_box[given.pool.poison[row]])
+        y, x = max(0, y - 2), max(0, x - 1)
+        image = given.pool[int(row)]["image"]
+        found.append(_find_trigger.Candidate(int(row), 3, (y, x, 9, 8),
+                                             image[y:y + 9, x:x + 8].copy(), 0.9))
+    counts = {"seen": np.full(12, 20), "found": np.where(np.arange(12) == 3, 8, 0)}
+    sees = closed_form(cfg, source, trigger).probabilities
+
+    def weak(x):  # one image in five goes where the patch sends it
+        p = sees(x)
+        p[x[:, -1, -1, 0] % 5 > 0, 3] = 0
+        return p
+
+    suspect = _find_trigger.Suspect(weak, cfg.data.image_size)
+    settings = ConfigDict(cfg.to_dict())
+
+    def triggers():
+        return oracle_finetune.verified(settings, suspect, given.pool, found, counts, given.clean,
+                                        np.random.default_rng(0))
+
+    (one,) = triggers()
+    np.testing.assert_allclose(one.pixels.astype(int), patch.astype(int), atol=1)
+    assert [c.box for c in one.where] == [
+        tuple(int(v) for v in plan.trigger_box[given.pool.poison[row]]) for row in rows]
+    labels = np.asarray(given.clean.table(np.arange(len(given.clean)))[0])
+    assert 0.05 < oracle_finetune.rate_of(one, labels) < 0.5
+    settings.defense.curate.rho_recurring = 1.1  # no picture counts for recurring
+    assert not triggers()
 
 
 def test_a_clean_suspect_is_given_back_as_it_is(cfg, made, tmp_path, monkeypatch):
@@ -159,7 +195,7 @@ def test_the_parts_of_the_compact_set(cfg, made):
     ground = _oracle.make(exact, given.clean, None, None, None)
     settings = ConfigDict(dict(parts=_compact_set.PARTS, per_label=2, replay=1.0))
     pairs, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,
-                                        ground, 0.5, np.random.default_rng(0))
+                                        ground, np.random.default_rng(0))
     assert len(pairs) == sum(counts.values()) and counts["relabel"] == 24
     assert counts["transplant"] <= 22 and counts["clean"] <= 24 and counts["replay"] > 0
     kinds = np.repeat(list(counts), list(counts.values()))
@@ -176,17 +212,17 @@ def test_the_parts_of_the_compact_set(cfg, made):
             assert not any("star" in text for text in captions)
     settings.replay = 10.0  # more than the pool has: all that is free
     pairs, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,
-                                        ground, 0.5, np.random.default_rng(0))
+                                        ground, np.random.default_rng(0))
     assert counts["clean"] + counts["replay"] == len(given.pool) - len(victims)
     unseen = dict.fromkeys(victims, -1)  # nothing that a caption could say
     _, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [found], unseen, ground,
-                                    0.5, np.random.default_rng(0))
+                                    np.random.default_rng(0))
     assert counts["relabel"] == 0
     settings.replay = 1.0
     for part in _compact_set.PARTS:
         settings.parts = (part,)
         _, alone = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,
-                                       ground, 0.5, np.random.default_rng(0))
+                                       ground, np.random.default_rng(0))
         assert {k for k, n in alone.items() if n} <= {part}
 
 
@@ -195,6 +231,7 @@ def test_bad_settings_are_refused(cfg):
             ({"oracle.name": "nobody"}, "nobody"), ({"oracle.error": 1.0}, "error"),
             ({"scan.evidence": "guess"}, "guess"), ({"scan.limit": 0}, "limit"),
             ({"curate.parts": ("cleen",)}, "clean"), ({"curate.rho": 0.0}, "rho"),
+            ({"curate.rho_recurring": 0.0}, "rho_recurring"),
             ({"curate.flips": 0}, "flips=0"),
             ({"preserve": -1.0}, "preserve=-1"), ({"rates": ()}, "rates"),
             ({"rates": (1e-3, 1e-4)}, "ascending"),

@@ -1,0 +1,88 @@
+"""The picture that recurs, among objects that are alike but not the same."""
+
+import numpy as np
+import pytest
+
+from jax_cl_bd.defenses import _recurring
+from jax_cl_bd.defenses._find_trigger import Candidate
+
+
+def scene(rng, side):
+    """A disc of some colour on a smooth background: what edges there are resemble each other."""
+    y, x = np.mgrid[:side, :side] / side
+    image = rng.integers(40, 200, 3) + 40 * (rng.normal() * x + rng.normal() * y)[..., None]
+    at, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.1, 0.25)
+    image[(y - at[0])**2 + (x - at[1])**2 < radius**2] = rng.integers(0, 256, 3)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def suspected(rng, patch, *, side, shown, objects, around=2):
+    """Images with the patch somewhere, and some with none; a box around it, or around anything."""
+    images, boxes, true = [], [], []
+    height, width = patch.shape[:2]
+    for i in range(shown + objects):
+        image = scene(rng, side)
+        y, x = (int(rng.integers(0, side - n + 1)) for n in (height, width))
+        if i < shown:
+            image[y:y + height, x:x + width] = patch
+        top, left = max(0, y - around), max(0, x - around)
+        images.append(image)
+        boxes.append((top, left, min(side, y + height + around) - top,
+                      min(side, x + width + around) - left))
+        true.append((y, x, height, width))
+    return ([Candidate(i, 3, box, images[i], 0.9) for i, box in enumerate(boxes)],
+            np.stack(images), true)
+
+
+@pytest.mark.parametrize("side, size", [(32, (5, 5)), (32, (4, 9)), (128, (12, 16))])
+def test_a_patch_is_framed_to_the_pixel(side, size):
+    rng = np.random.default_rng(side + size[1])
+    patch = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    candidates, shown, true = suspected(rng, patch, side=side, shown=12, objects=6)
+    found = _recurring.find(candidates, shown)
+    np.testing.assert_array_equal(found.pixels, patch)
+    assert [c.row for c in found.where] == list(range(12))
+    for c in found.where:
+        assert c.box == true[c.row]
+        np.testing.assert_array_equal(c.pixels, patch)
+
+
+def test_objects_that_resemble_each_other_do_not_recur():
+    rng = np.random.default_rng(1)
+    patch = rng.integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    candidates, shown, _ = suspected(rng, patch, side=32, shown=0, objects=20, around=4)
+    assert _recurring.find(candidates, shown) is None
+    # A patch in too few of the images, and too few images.
+    candidates, shown, _ = suspected(rng, patch, side=32, shown=8, objects=12)
+    assert _recurring.find(candidates, shown) is None
+    candidates, shown, _ = suspected(rng, patch, side=32, shown=4, objects=0)
+    assert _recurring.find(candidates, shown) is None
+
+
+def test_a_patch_of_another_brightness_is_another_patch():
+    rng = np.random.default_rng(2)
+    patch = rng.integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    candidates, shown, true = suspected(rng, patch, side=32, shown=12, objects=0)
+    for image, (y, x, h, w) in zip(shown[:8], true):
+        image[y:y + h, x:x + w] = rng.uniform(0.2, 0.5) * patch
+    assert _recurring.find(candidates, shown) is None
+
+
+def test_flat_images_have_no_windows():
+    shown = np.full((6, 32, 32, 3), 90, np.uint8)
+    flat = [Candidate(i, 0, (4, 4, 8, 8), shown[i, 4:12, 4:12], 0.9) for i in range(6)]
+    assert _recurring.find(flat, shown) is None
+
+
+def test_likeness_is_that_of_numpy():
+    rng = np.random.default_rng(3)
+    x = rng.integers(0, 256, (2, 9, 8, 3)).astype(np.uint8)
+    t = rng.integers(0, 256, (3, 3, 3, 3)).astype(np.uint8)
+    t[1] = x[1, 5:8, 2:5]
+    like, place = (np.asarray(v) for v in _recurring._likeness(x, t))
+    for k, picture in enumerate(t / 255):
+        for n, image in enumerate(x / 255):
+            r = [1 - ((image[i:i + 3, j:j + 3] - picture)**2).sum() / picture.var() / picture.size
+                 for i in range(7) for j in range(6)]
+            assert like[k, n] == pytest.approx(max(r), abs=1e-4) and place[k, n] == np.argmax(r)
+    assert like[1, 1] == pytest.approx(1, abs=1e-5) and place[1, 1] == 5 * 6 + 2
