@@ -1,9 +1,9 @@
 """The picture that the suspected images of one label have in common, to the pixel.
 
-Algorithm 1 frames a region, not a patch: mostly the trigger with some of its surroundings and, where
-a backdoor is weak, often an object. A pasted trigger is the same in every image and an object is
-not, so the window is looked for that most of the images show, and it is grown as long as what lies
-beside it is the same in them too. Ours, no step of EftCLIP's (docs/papers.md).
+Algorithm 1 frames a region, not a patch: mostly the trigger with some of its surroundings and,
+where a backdoor is weak, often an object. A pasted trigger is the same in every image and an object
+is not, so the window is looked for that most of the images show, and it is grown as long as what
+lies beside it is the same in them too. Ours, no step of EftCLIP's (docs/papers.md).
 """
 
 import dataclasses

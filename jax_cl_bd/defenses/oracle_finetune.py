@@ -3,11 +3,11 @@
 Hossain, Sajeeda, Perla and Shao: "Robust Defense Strategies for Multimodal Contrastive Learning:
 Efficient Fine-tuning Against Backdoor Attacks", arXiv 2511.13545. Four stages: find regions in
 which the suspect sees what the oracle does not (_find_trigger, the paper's Algorithm 1, in part
-reconstructed); from them the target label, the trigger and the poisoned pairs (_recurring, _pinpoint); a
-compact set of pairs (_compact_set); fine-tuning on it (_sweep), by CLIP's loss with the suspect
-held on untouched pairs (objectives/preserve.py). No code and no full text of the second algorithm
-are public: _pinpoint, _compact_set and that loss are reconstructions, _recurring is ours, and all
-thresholds are reconstructed.
+reconstructed); from them the target label, the trigger and the poisoned pairs (_recurring,
+_pinpoint); a compact set of pairs (_compact_set); fine-tuning on it (_sweep), by CLIP's loss with
+the suspect held on untouched pairs (objectives/preserve.py). No code and no full text of the second
+algorithm are public: _pinpoint, _compact_set and that loss are reconstructions, _recurring is ours,
+and all thresholds are reconstructed.
 For triggers that are visible, compact regions; the paper leaves others open.
 
 The verdict says what was found by the defender's own means; with `truth` it also says how right
