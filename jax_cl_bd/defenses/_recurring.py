@@ -2,7 +2,7 @@
 
 Algorithm 1 frames a region, not a patch: mostly the trigger with some of its surroundings and,
 where a backdoor is weak, often an object. A pasted trigger is the same in every image and an object
-is not, so the window is looked for that most of the images show, and it is grown as long as what
+is not, so the window is looked for that many of the images show, and it is grown as long as what
 lies beside it is the same in them too. Ours, no step of EftCLIP's (docs/papers.md).
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax_cl_bd.defenses._find_trigger import Candidate
 
 FEWEST = 5  # images in which a window must recur
-SHARE = 0.5  # of the other images in which it must
+SHARE = 1 / 3  # of the other images in which it must
 _ALIKE = 0.8  # of a window's variance that another must share
 _FLAT = 12.0  # windows of a smaller deviation, of 255, are like too many others
 _SMALLEST = 4  # side of the windows that are tried; a sixteenth of larger images
@@ -32,7 +32,7 @@ class Recurring:
 
 
 def find(candidates: list[Candidate], shown: np.ndarray) -> Recurring | None:
-    """The picture that recurs in most images, None where none does in SHARE of them.
+    """The picture that recurs in the most images, None where none does in SHARE of them.
 
     Args:
         candidates: of one label. shown: their images, uint8 [N, S, S, 3].

@@ -53,7 +53,7 @@ def test_objects_that_resemble_each_other_do_not_recur():
     candidates, shown, _ = suspected(rng, patch, side=32, shown=0, objects=20, around=4)
     assert _recurring.find(candidates, shown) is None
     # A patch in too few of the images, and too few images.
-    candidates, shown, _ = suspected(rng, patch, side=32, shown=8, objects=12)
+    candidates, shown, _ = suspected(rng, patch, side=32, shown=6, objects=14)
     assert _recurring.find(candidates, shown) is None
     candidates, shown, _ = suspected(rng, patch, side=32, shown=4, objects=0)
     assert _recurring.find(candidates, shown) is None
