@@ -10,7 +10,7 @@ a small ResNet, 500 poisons and 2,000 steps of 256, for a CPU with 2 cores; it i
 recipe, docs/papers.md ("Objectives") has the differences.
 Arguments after the colon: reduced, debug, keep_references, target=CLASS, trigger=ID, seed=N,
 attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none, objective=simclr|moco|byol|simsiam,
-defense=none|distill|retrain.
+defense=none|distill|retrain|decree|density.
 docs/results.md has what came out.
 """
 
@@ -50,7 +50,9 @@ def get_config(arg=""):
             none=dict(name="none"),
             retrain=defenses.retrain(clean_fraction=0.25, batch_size=256, steps=5000),
             distill=defenses.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
-                                   lr=0.01))))
+                                   lr=0.01),
+            decree=defenses.decree(clean_fraction=0.25, steps=600),
+            density=defenses.density(clean_fraction=0.25))))
     if a["reduced"]:
         cfg.data.limit = 10_000
         cfg.model.update(name="small_resnet", width=32, stem_stride=2, first_stride=2,
@@ -58,7 +60,7 @@ def get_config(arg=""):
         cfg.objective.update(REDUCED[a["objective"]])
         cfg.optim.update(per_epoch=False, warmup_steps=100)
         cfg.train.update(steps=2000, epochs=0, log_every=25, save_every=125, eval_every=500)
-        if a["defense"] != "none":
+        if a["defense"] in ("distill", "retrain"):
             cfg.defense.update(steps=1000, batch_size=128)
         if a["defense"] == "distill":
             cfg.defense.update(momentum=0.99)

@@ -17,7 +17,8 @@ The defenses have a quarter of the images: distillation with CompRess's 130 epoc
 retraining with 12,400 steps (ours, 100 epochs of them, as in configs/cifar10.py).
 For GPUs or a TPU pod; here only its debug mode has been run.
 Arguments after the colon: debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
-objective=simclr|moco|byol|simsiam, defense=none|distill|retrain, target=CLASS, trigger=ID, seed=N.
+objective=simclr|moco|byol|simsiam, defense=none|distill|retrain|decree|density,
+target=CLASS, trigger=ID, seed=N.
 """
 
 from configs import common, defenses
@@ -53,5 +54,7 @@ def get_config(arg=""):
             none=dict(name="none"),
             retrain=defenses.retrain(clean_fraction=0.25, batch_size=256, steps=12_400),
             distill=defenses.distill(clean_fraction=0.25, batch_size=256, steps=0, momentum=0.999,
-                                     lr=0.01))))
+                                     lr=0.01),
+            decree=defenses.decree(clean_fraction=0.25, steps=600),
+            density=defenses.density(clean_fraction=0.25))))
     return common.debug(cfg) if a["debug"] else cfg

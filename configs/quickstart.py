@@ -3,7 +3,8 @@
     make quickstart        # or: python -m jax_cl_bd --config=configs/quickstart.py --workdir=DIR
 
 Arguments after the colon: debug, attack=noisy_alignment|ssl_backdoor|oracle_poisoning|none,
-objective=simclr|moco|byol|simsiam, defense=distill|retrain|none, target=CLASS, seed=N.
+objective=simclr|moco|byol|simsiam, defense=distill|retrain|decree|density|none,
+target=CLASS, seed=N.
 docs/results.md has its time and numbers.
 """
 
@@ -41,5 +42,7 @@ def get_config(arg=""):
             none=dict(name="none"),
             retrain=defenses.retrain(clean_fraction=0.25, batch_size=64, steps=300),
             distill=defenses.distill(clean_fraction=0.25, batch_size=64, steps=300, momentum=0.99,
-                                   lr=0.05, view={**common.STUDENT_VIEW, "flip": 0.0}))))
+                                   lr=0.05, view={**common.STUDENT_VIEW, "flip": 0.0}),
+            decree=defenses.decree(clean_fraction=0.25, steps=600),
+            density=defenses.density(clean_fraction=0.25, batch=256))))
     return common.debug(cfg) if a["debug"] else cfg

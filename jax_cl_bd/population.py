@@ -116,8 +116,9 @@ def with_controls(members: dict[str, ml_collections.ConfigDict], folder: epath.P
 
 
 def run(members: dict[str, ml_collections.ConfigDict], folder: epath.Path,
-        chosen: list[str]) -> None:
-    """Poisons each, pretrains all together, then measures each; what is complete is skipped."""
+        chosen: list[str], *, check_only: bool = False) -> None:
+    """Poisons each, pretrains all together, then measures each; what is complete is skipped. With
+    `check_only` nothing but the settings is looked at."""
     chosen = [stage for stage in run_folder.STAGES if stage in chosen]
     for cfg in members.values():
         check(cfg)
@@ -125,6 +126,8 @@ def run(members: dict[str, ml_collections.ConfigDict], folder: epath.Path,
     members = with_controls(members, folder)
     if "pretrain" in chosen:
         check_places(members, folder)
+    if check_only:
+        return
     with contextlib.ExitStack() as locks:
         for name in members:
             locks.enter_context(run_folder.locked(folder / name))
@@ -348,7 +351,8 @@ def main(argv: list[str]) -> None:
               file=sys.stderr)
     folder = epath.Path(command.WORKDIR.value)
     with settings.asked_of(command.CONFIG.value):
-        run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value)
+        run(configs(command.CONFIG.value, VARY.value), folder, command.ONLY.value,
+            check_only=command.CHECK_ONLY.value)
 
 
 if __name__ == "__main__":

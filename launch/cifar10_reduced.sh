@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
 # The reduced CIFAR-10 runs of docs/results.md. Stop it and start it again at will.
-# Usage: TFDS_DATA_DIR=DIR [DRY_RUN=1] bash launch/cifar10_reduced.sh FOLDER [--config.key=value ...]
+# Usage: TFDS_DATA_DIR=DIR [DRY_RUN=1] bash launch/cifar10_reduced.sh FOLDER \
+#   [--config.key=value ...]
+# 16 runs; not timed as a whole.
 set -eu
 . "$(dirname "$0")/env.sh"
 [ $# -ge 1 ] || refuse "usage: bash launch/cifar10_reduced.sh FOLDER [--config.key=value ...]"
 folder=$1
 shift
-run() {  # run NAME ARGUMENTS [FLAGS...]
-  name=$1 arguments=$2
-  shift 2
-  command=(python -m jax_cl_bd "--config=configs/cifar10.py:reduced,$arguments"
-           "--workdir=$folder/$name" "$@")
-  echo "${command[*]}"
-  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+set_environment
+one() {  # one NAME ARGUMENTS [FLAGS...]
+  attempt "configs/cifar10.py:reduced,$2" "$folder/$1" "${@:3}"
 }
-# SimCLR under Noisy Alignment over seeds, each with its control, first: the rest is read against it.
+# SimCLR under Noisy Alignment over seeds, each with its control, first: the rest is read against
+# it.
 for seed in 0 1 2; do
-  run "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed" "$@"
+  one "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed" "$@"
 done
 # SSL-Backdoor's victims are measured against the same clean encoders.
-run simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" \
+one simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" \
   --config.control_from="$folder/simclr_noisy_alignment_0"
 for objective in moco byol simsiam; do
-  run "${objective}_noisy_alignment_0" "objective=$objective" "$@"
-  run "${objective}_ssl_backdoor_0" "objective=$objective,attack=ssl_backdoor" "$@" \
+  one "${objective}_noisy_alignment_0" "objective=$objective" "$@"
+  one "${objective}_ssl_backdoor_0" "objective=$objective,attack=ssl_backdoor" "$@" \
     --config.control_from="$folder/${objective}_noisy_alignment_0"
 done
 # The distillation defense, and what training from scratch on the same clean images gives.
 for seed in 0 1 2; do
   for defense in distill retrain; do
-    run "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed,defense=$defense" "$@"
+    one "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed,defense=$defense" "$@"
   done
 done
+name_failed

@@ -27,29 +27,19 @@ esac
 file=configs/clip_scenes.py: flags=(--config.evals.other_test_split=shifted "$@")
 rates=${RATES:-(0.001,0.003)}
 
-run() {  # run NAME ARGUMENTS [FLAGS...]
-  local name=$1 arguments=$2 command
-  shift 2
-  command=(python -m jax_cl_bd "--config=$file$arguments"
-           "--workdir=$folder/$name" "$@" "${flags[@]}")
-  printf '%q ' "${command[@]}"; echo
-  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
-}
-control() {  # control VICTIM: sets `control`, whose clean twin a victim is measured against
-  control=()
-  case $1 in
-    badnets_4_*|badnets_low_*|none_*|cifar10_*|in_modality_*) ;;  # their own, or none
-    *_low_*) control=("--config.control_from=$folder/badnets_low_${1##*_}") ;;
-    *) control=("--config.control_from=$folder/badnets_4_${1##*_}") ;;
-  esac
+set_environment
+
+one() {  # one NAME ARGUMENTS [FLAGS...]
+  attempt "$file$2" "$folder/$1" "${@:3}" ${flags[@]+"${flags[@]}"}
 }
 victim() {  # victim NAME ARGUMENTS [FLAGS...]
-  control "$1"
-  run "$1" "$2,seed=${1##*_}" "${@:3}" "${control[@]}"
+  control_of "$folder" "$1"
+  one "$1" "$2,seed=${1##*_}" "${@:3}" ${control[@]+"${control[@]}"}
 }
 defend() {  # defend VICTIM NAME ARGUMENTS [FLAGS...]
-  control "$1"
-  run "$1-$2" "$3" "${@:4}" "${control[@]}" "--config.victim=$folder/$1" --stages=defend,report
+  control_of "$folder" "$1"
+  one "$1-$2" "$3" "${@:4}" ${control[@]+"${control[@]}"} "--config.victim=$folder/$1" \
+    --stages=defend,report
 }
 swept() {  # the same for a repair with learning rates
   if [ "${1##*_}" = 0 ]; then defend "$@"; else defend "$@" "--config.defense.rates=$rates"; fi
@@ -67,14 +57,14 @@ each() {  # each COMMAND: for every attack, share and seed that is asked for
 pairs_of() {  # pairs_of VICTIM: the size of the compact set that the repair made
   local found=$folder/$1-oracle/results.json
   if [ -e "$found" ]; then
-    python -c 'import json, sys
-print(json.load(open(sys.argv[1]))["defenses"]["oracle_finetune"]["verdict"]["compact_set_pairs"])' \
-      "$found"
+    "$PYTHON" -c 'import json, sys
+defenses = json.load(open(sys.argv[1]))["defenses"]
+print(defenses["oracle_finetune"]["verdict"]["compact_set_pairs"])' "$found"
   elif [ -n "${DRY_RUN:-}" ]; then
     echo 1467  # of one victim; a run reads it from the repair's results
   else
     echo "$found is missing: run the part repair first" >&2
-    exit 2
+    return 1
   fi
 }
 
@@ -103,7 +93,7 @@ one_repair() {
 # Measured likewise: clean_clip on all clean pairs 607 s, par 323 s, without the control about half.
 one_baseline() {
   local pairs action defense
-  pairs=$(pairs_of "$1")
+  pairs=$(pairs_of "$1") || { failed+=("$folder/$1-clean_clip_few"); pairs=0; }
   for action in drop relabel; do
     swept "$1" "oracle_$action" defense=oracle_filter "--config.defense.action=$action" \
       --config.control=False
@@ -112,6 +102,7 @@ one_baseline() {
   [ "$pairs" = 0 ] || swept "$1" clean_clip_few defense=clean_clip "--config.defense.pairs=$pairs" \
     --config.control=False
   swept "$1" clean_clip defense=clean_clip --config.control=False
+  swept "$1" clip_only defense=clean_clip --config.defense.in_modality=0.0 --config.control=False
   swept "$1" par defense=par --config.control=False
   for defense in cleaner_clip abd ubt invertune supervised; do
     swept "$1" "$defense" "defense=$defense" --config.control=False
@@ -140,28 +131,28 @@ all_limits() {
   done
 }
 
-# Not timed. CLIP loss alone, the in-modality term alone; both (clean_clip) and PAR are baselines.
+# Not timed. CLIP loss alone (clip_only), both terms (clean_clip) and PAR are baselines of badnets.
 all_cleaning() {
   local seed name kind
   for seed in ${SEEDS:-0 1 2}; do
-    run "in_modality_4_$seed" "badnets,seed=$seed" --config.objective.in_modality=1.0 \
+    one "in_modality_4_$seed" "badnets,seed=$seed" --config.objective.in_modality=1.0 \
       --config.data.text_augment=eda --config.control=False
+    swept "in_modality_4_$seed" clip_only defense=clean_clip --config.defense.in_modality=0.0 \
+      --config.control=False
     for name in "badnets_4_$seed" "in_modality_4_$seed"; do
-      swept "$name" clip_only defense=clean_clip --config.defense.in_modality=0.0 \
-        --config.control=False
       swept "$name" in_modality_only defense=clean_clip --config.defense.cross_modal=False \
         --config.control=False
     done
     swept "in_modality_4_$seed" clean_clip defense=clean_clip --config.control=False
     swept "in_modality_4_$seed" par defense=par --config.control=False
     for kind in roclip safeclip; do
-      run "${kind}_4_$seed" "badnets,objective=$kind,seed=$seed" --config.control=False
+      one "${kind}_4_$seed" "badnets,objective=$kind,seed=$seed" --config.control=False
     done
   done
 }
 all_cifar10() {  # a victim and its control took 20 minutes on one core
   local file=configs/clip_cifar10.py:reduced, flags=("${flags[@]:1}")
-  run cifar10_4_0 badnets,seed=0
+  one cifar10_4_0 badnets,seed=0
   one_repair cifar10_4_0
   one_baseline cifar10_4_0
 }
@@ -172,3 +163,4 @@ case $part in all|baselines) each one_baseline ;; esac
 case $part in all|limits) all_limits ;; esac
 case $part in all|cleaning) all_cleaning ;; esac
 case $part in all|cifar10) all_cifar10 ;; esac
+name_failed

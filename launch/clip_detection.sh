@@ -7,12 +7,13 @@
 # none_9 (part limits). Without a part both are run.
 # rows: density detectors for several reference batches and k, so that from less than one to 80
 # poisons are expected in a batch; cosine filtering by the suspect and by the clean twin of another
-# seed; BDetCLIP. encoders: 20 victims and their 20 clean twins, seeds 10 to 29, targets and triggers
-# varied; thresholds come from ten other clean encoders, at last python -m
+# seed; BDetCLIP. encoders: 20 victims and their 20 clean twins, seeds 10 to 29, targets and
+# triggers varied; thresholds come from ten other clean encoders, at last python -m
 # jax_cl_bd.reporting.detection says how well they are told apart.
 set -eu
 . "$(dirname "$0")/env.sh"
-[ $# -ge 2 ] || refuse "usage: bash launch/clip_detection.sh VICTIMS FOLDER [PART] [--config.key=value ...]"
+[ $# -ge 2 ] ||
+  refuse "usage: bash launch/clip_detection.sh VICTIMS FOLDER [PART] [--config.key=value ...]"
 victims=$1 folder=$2
 shift 2
 part=all
@@ -23,21 +24,14 @@ case ${1:-} in
 esac
 flags=("$@")
 
-run() {  # run FOLDER ARGUMENTS [FLAGS...]
-  local command
-  command=(python -m jax_cl_bd "--config=configs/clip_scenes.py:$2" "--workdir=$1" "${@:3}"
-           "${flags[@]}")
-  printf '%q ' "${command[@]}"; echo
-  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+set_environment
+
+one() {  # one FOLDER ARGUMENTS [FLAGS...]
+  attempt "configs/clip_scenes.py:$2" "$1" "${@:3}" ${flags[@]+"${flags[@]}"}
 }
 detect() {  # detect VICTIM NAME DEFENSE [FLAGS...]
-  local control=()
-  case $1 in
-    badnets_4_*|badnets_low_*|none_*) ;;  # their own
-    *_low_*) control=("--config.control_from=$victims/badnets_low_${1##*_}") ;;
-    *) control=("--config.control_from=$victims/badnets_4_${1##*_}") ;;
-  esac
-  run "$folder/$1-$2" "defense=$3" --config.control=False "${control[@]}" "${@:4}" \
+  control_of "$victims" "$1"
+  one "$folder/$1-$2" "defense=$3" --config.control=False ${control[@]+"${control[@]}"} "${@:4}" \
     "--config.victim=$victims/$1" --stages=defend,report
 }
 all_rows() {
@@ -63,26 +57,26 @@ all_encoders() {  # a victim with its twin 8 core-minutes, DECREE on both not ti
       4) attack=blended ;;
       *) attack=badnets ;;
     esac
-    run "$folder/encoder_$number" "$attack,target=$((number % 12)),seed=$number,defense=decree" \
+    one "$folder/encoder_$number" "$attack,target=$((number % 12)),seed=$number,defense=decree" \
       "--config.evals.probes=('zero_shot',)" --config.train.eval_every=0
     judged+=("$folder/encoder_$number")
   done
   # In the folders of the victims, whose excess is known there; only clean encoders calibrate.
   for seed in 0 1 2 3 4; do
-    run "$victims/badnets_4_$seed" "badnets,seed=$seed,defense=decree" \
+    one "$victims/badnets_4_$seed" "badnets,seed=$seed,defense=decree" \
       --config.evals.other_test_split=shifted
     calibrate+=("$victims/badnets_4_$seed")
   done
   for seed in 5 6 7 8 9; do
-    run "$victims/none_$seed" "none,seed=$seed,defense=decree" \
+    one "$victims/none_$seed" "none,seed=$seed,defense=decree" \
       --config.evals.other_test_split=shifted
     calibrate+=("$victims/none_$seed")
   done
-  local command=(python -m jax_cl_bd.reporting.detection "${judged[@]}" --calibrate
-                 "${calibrate[@]}" "--out=$folder/decree")
-  printf '%q ' "${command[@]}"; echo
-  [ -n "${DRY_RUN:-}" ] || "${command[@]}"
+  name_failed  # of these every one is needed
+  run "$PYTHON" -m jax_cl_bd.reporting.detection "${judged[@]}" --calibrate "${calibrate[@]}" \
+    "--out=$folder/decree"
 }
 
 case $part in all|rows) all_rows ;; esac
 case $part in all|encoders) all_encoders ;; esac
+name_failed

@@ -21,6 +21,29 @@ run() {  # run WORD...: prints the command and, unless DRY_RUN is set, runs it
   quoted "$@"
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
+program() {  # program CONFIG WORKDIR [FLAG...]: one run of jax_cl_bd
+  run "$PYTHON" -m jax_cl_bd "--config=$1" "--workdir=$2" "${@:3}"
+}
+failed=()  # folders of the runs that `attempt` saw fail
+attempt() {  # attempt CONFIG WORKDIR [FLAG...]: goes on after a run that fails; bad input ends all
+  local status=0
+  program "$@" || status=$?
+  case $status in 0) ;; 2|130|143) exit "$status" ;; *) failed+=("$2") ;; esac
+}
+name_failed() {  # the last line of a script that attempts runs
+  [ "${#failed[@]}" -eq 0 ] || {
+    echo "error: ${#failed[@]} runs failed: $(quoted "${failed[@]}")" >&2
+    exit 1
+  }
+}
+control_of() {  # control_of FOLDER VICTIM: sets `control`, the flag that names its clean twin
+  control=()
+  case $2 in
+    badnets_4_*|badnets_low_*|none_*|cifar10_*|in_modality_*) ;;  # their own, or none
+    *_low_*) control=("--config.control_from=$1/badnets_low_${2##*_}") ;;
+    *) control=("--config.control_from=$1/badnets_4_${2##*_}") ;;
+  esac
+}
 whole() {  # whole NAME VALUE: refuses what is not a whole number from 0
   case $2 in ""|*[!0-9]*) refuse "$1=$2 must be a whole number" ;; esac
 }

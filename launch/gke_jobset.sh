@@ -11,7 +11,8 @@
 #   NAMESPACE, SERVICE_ACCOUNT, QUEUE   of the cluster and of Kueue, if it needs them
 # One worker alone is never retried: a pod that fails fails its job, and the JobSet starts all of
 # them anew once all old ones are gone (JobSet 0.7 or newer), but fails at once after status 2.
-# WORKDIR must be gs://. DRY_RUN=1 prints the manifest that is otherwise given to kubectl.
+# WORKDIR must be gs://. DRY_RUN=1 prints the manifest that is otherwise given to kubectl, which
+# puts it in the place of a JobSet of that name, running or not.
 # Fields: jobset.sigs.k8s.io/docs/tasks/failure_policy and
 # kubernetes.io/docs/tasks/job/pod-failure-policy.
 set -eu
@@ -160,5 +161,6 @@ END
 found=$(manifest)
 printf '%s\n' "$found"
 [ -z "${DRY_RUN:-}" ] || exit 0
-echo "# kubectl apply -f -" >&2
-printf '%s\n' "$found" | kubectl apply -f -
+# Not apply, which would leave a JobSet that has ended as it is.
+echo "# kubectl replace --force -f -" >&2
+printf '%s\n' "$found" | kubectl replace --force -f -

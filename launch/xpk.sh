@@ -8,6 +8,7 @@
 #   IMAGE         made of launch/Dockerfile with EXTRA=tpu and RUN_AS=root, in a registry
 #   MAX_RESTARTS  of all workers at once, default 10
 # xpk restarts after 42 and 127 to 255, here after 1 too; 2 (bad input) fails the workload at once.
+# To start one again: xpk workload delete --workload=NAME --cluster=CLUSTER, then this.
 # WORKDIR must be gs://. DRY_RUN=1 prints the command. GPUs: launch/gke_jobset.sh.
 set -eu
 . "$(dirname "$0")/env.sh"

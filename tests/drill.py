@@ -11,7 +11,7 @@ control, has two whole checkpoints, and the newer one is damaged: a file of it t
 and with one bit flipped in turn. The command must name it, once, set it aside and go on from the
 older one. Without such a damage the drill has failed.
 
-A persistent compilation cache keeps most kills out of the compiler. Times: README.
+A persistent compilation cache keeps most kills out of the compiler. Times: docs/scaling.md.
 """
 
 import argparse

@@ -10,6 +10,9 @@ SLICE = {"NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "VERSION":
 JOBSET = {"NAME": "pod", "IMAGE": "repo/image", "NODES": "4"}
 NOT_THE_CALLERS = ("SLURM", "XLA_FLAGS", "CUDA_VISIBLE", "JAX_COMPILATION", "TFDS_DATA_DIR",
                    "GPUS", "MOUNTS")
+OWN = ("PYTHON", "DRY_RUN", "SEEDS", "ATTACKS", "SHARES", "RATES", "NUMBERS", "NAME", "ZONE",
+       "PROJECT", "CLUSTER", "TYPE", "VERSION", "IMAGE", "BUILD", "NODES", "TPU", "GPU", "TOPOLOGY",
+       "PROCESSES", "DEVICES", "PORT")
 FLAG = "--config.name=it's a test"  # a quote and spaces, as paths may have them
 
 
@@ -18,7 +21,8 @@ PROGRAM = ["-m", "jax_cl_bd", "--config=configs/a.py", "--workdir=runs/a b", FLA
 
 def callers_environment():
     """The environment, without what launchers read from it."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(NOT_THE_CALLERS)}
+    return {k: v for k, v in os.environ.items()
+            if k not in OWN and not k.startswith(NOT_THE_CALLERS)}
 
 
 def launch(script, *words, path=None, **environment):

@@ -177,12 +177,6 @@ def test_what_cannot_be_timed_is_refused(only, message, tmp_path):
         torch_cases.start(not only, only, 1.0, tmp_path)
 
 
-def test_a_step_of_pytorch_is_waited_for():
-    waited = []
-    jax.block_until_ready(types.SimpleNamespace(block_until_ready=lambda: waited.append(1)))
-    assert waited == [1]
-
-
 def test_workers_import_no_jax():
     """They import the main file and that of the pipeline."""
     files = ["tests.bench_torch"]

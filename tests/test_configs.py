@@ -20,7 +20,8 @@ FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py")
 VARIANTS = {
     "quickstart": ["", "attack=ssl_backdoor,objective=moco",
                    "attack=oracle_poisoning,objective=byol,defense=retrain",
-                   "attack=none,objective=simsiam,defense=none"],
+                   "attack=none,objective=simsiam,defense=none", "defense=decree",
+                   "defense=density"],
     "clip_cifar10": ["", "reduced,optimized_patch", "reduced,defense=oracle_finetune"],
     "clip_scenes": ["defense=fine_tune", "defense=oracle_finetune", "defense=clean_clip",
                     "defense=norm_only", "defense=oracle_filter", "defense=density",

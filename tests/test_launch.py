@@ -3,15 +3,12 @@ refuse bad input; sweeps. More in test_launch_local.py, test_launch_docker.py an
 test_launch_clusters.py."""
 
 import importlib.util
-import os
-import shlex
-import subprocess
 
 import pytest
 
 from tests.launching import JOBSET, ROOT, SLICE, dry, launch, program
 
-COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 490}
+COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 512}
 LAUNCHERS = {"local.sh", "docker.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh",
              "gke_jobset.sh"}
 
@@ -21,10 +18,7 @@ TWIN = ("seed", "data", "augment", "model", "objective", "optim", "train")  # wh
 
 def commands(script, *flags):
     """What a script would run: words of each command."""
-    printed = subprocess.run(["bash", f"launch/{script}", "runs/x", *flags], cwd=ROOT,
-                             env={**os.environ, "DRY_RUN": "1"}, text=True, check=True,
-                             capture_output=True).stdout
-    return [shlex.split(line) for line in printed.splitlines()]
+    return dry(script, "runs/x", *flags)
 
 
 def config_of(words):
@@ -83,7 +77,7 @@ def test_the_parts_of_the_defenses_make_the_whole():
     whole = commands("clip_defenses.sh")
     parts = [commands("clip_defenses.sh", part)
              for part in ("victims", "repair", "baselines", "limits", "cleaning", "cifar10")]
-    assert sum(parts, []) == whole and [len(part) for part in parts] == [24, 66, 312, 42, 27, 19]
+    assert sum(parts, []) == whole and [len(part) for part in parts] == [24, 66, 336, 42, 24, 20]
     folders = [words[4] for words in whole]
     assert len(set(folders)) == len(folders)
     for words in whole:
@@ -116,6 +110,17 @@ def test_detection_judges_other_encoders_than_those_that_set_the_threshold():
                     *(folder for _, folder in calibrating), "--out=runs/y/decree"]
     for words in rows:
         assert config_of(words).defense.name in ("density", "cosine_filter", "bdetclip")
+
+
+def test_an_experiment_goes_on_after_a_run_that_fails_and_names_it(tmp_path):
+    fails = 'case $4 in */moco_noisy_alignment_0) exit 1 ;; esac'
+    program(tmp_path / "bin", "python", fails)
+    done = launch("cifar10_reduced.sh", "runs/a b", path=tmp_path / "bin")
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 16
+    assert done.stderr == "error: 1 runs failed: 'runs/a b/moco_noisy_alignment_0'\n"
+    program(tmp_path / "bin", "python", fails.replace("exit 1", "exit 2"))  # bad input
+    done = launch("cifar10_reduced.sh", "runs/a b", path=tmp_path / "bin")
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 5
 
 
 def test_an_unknown_part_is_refused():

@@ -149,6 +149,8 @@ def test_members_that_devices_cannot_share_are_refused(tmp_path):
     members = population.configs(cfg.lock(), ["seed=0,1,2"])
     with pytest.raises(UserError, match="3 victims and 3 controls cannot be shared equally by 4"):
         population.run(members, epath.Path(tmp_path), ["poison", "pretrain"])
+    members = population.configs(config(), ["seed=0,1"])
+    population.run(members, epath.Path(tmp_path), ["poison", "pretrain"], check_only=True)
     assert not list(tmp_path.iterdir())
 
 
