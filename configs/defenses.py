@@ -160,6 +160,7 @@ def cosine_filter(*, clean_fraction, false_alarm=0.01, scorer=""):
 def vet_encoder(*, steps, false_alarm=0.05):
     """The detectors of encoders (docs/papers.md, Vetting); labels of the data are the oracle."""
     search = oracle_finetune({}, error=0.0)
+    search["curate"]["rho_recurring"] = 2.0  # off: nothing was pasted on these images
     inversion = decree(clean_fraction=1.0, steps=steps)
     return dict(name="vet_encoder", false_alarm=false_alarm, clean_encoders=(),
                 decree={k: v for k, v in inversion.items() if k not in ("name", "clean_fraction")},

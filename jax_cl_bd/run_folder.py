@@ -25,6 +25,7 @@ SHARED_GROUPS = ("data", "augment", "text", "model", "objective", "optim", "trai
 # What settings that older runs lack were before there was a choice; any other is "".
 BEFORE = {"text.name": "none", "defense.mask_own": True, "defense.oracle.segmenter": "classical",
           "defense.oracle.segmenter_points": 32, "defense.preserve": 0.0,
+          "defense.curate.rho_recurring": 2.0, "defense.scan.curate.rho_recurring": 2.0,
           "defense.cross_modal": True, "train.chunks": 1}
 # Settings that change neither weights nor figures, and so never make two runs different.
 NEVER_HASHED = ("data.data_dir", "data.workers", "data.feed", "train.log_every", "train.save_every",

@@ -14,7 +14,7 @@ import numpy as np
 from jax_cl_bd.data import images
 from jax_cl_bd.defenses._find_trigger import Candidate, Suspect
 
-FEWEST = 5  # candidates that a label needs to be flagged
+FEWEST = 5  # candidates that a label needs to be flagged, images that a picture recurs in
 _BANK = 5  # pictures of one trigger that are kept
 _COMPARED = 8  # side to which candidates are resized to be compared
 _BLOCK = 256  # images matched at once
@@ -24,19 +24,21 @@ _BLOCK = 256  # images matched at once
 class Trigger:
     """A verified trigger: the label it leads to, its picture uint8 [h, w, 3], the rate of clean
     images of each class [C] that it takes there beyond those that went before, its bank (more
-    pictures of it, the first among them), the candidates it rests on, and the rate from which a
-    class counts as affected."""
+    pictures of it, the first among them), the mean rate over the other classes that there are, and
+    the candidates it rests on."""
 
     label: int
     pixels: np.ndarray
     flips: np.ndarray
     bank: tuple[np.ndarray, ...]
+    rate: float
     where: tuple[Candidate, ...] = ()
-    least: float = 0.5
 
     def affected(self) -> list[int]:
-        """The classes of which the trigger takes at least `least` away."""
-        return np.flatnonzero(self.flips >= self.least).tolist()
+        """The classes of which the trigger takes away at least half of what it takes on average."""
+        if self.rate <= 0:
+            return []
+        return np.flatnonzero(self.flips >= self.rate / 2).tolist()
 
 
 def flagged(seen: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -78,16 +80,17 @@ def verify(suspect: Suspect, label: int, bank: list[np.ndarray], clean: np.ndarr
         of classes without images).
     """
     before = suspect.probabilities(clean).argmax(1) == label
+    others = [c for c in np.unique(labels) if c >= 0 and c != label]
     best = None
     for pixels in bank:
         after = suspect.probabilities(pasted(clean, pixels, rng)).argmax(1) == label
         flips = np.zeros(classes)
-        for c in np.unique(labels):
-            if c != label:
-                of = labels == c
-                flips[c] = after[of].mean() - before[of].mean()
-        if best is None or flips.sum() > best.flips.sum():
-            best = Trigger(label, pixels, flips, tuple(bank))
+        for c in others:
+            of = labels == c
+            flips[c] = after[of].mean() - before[of].mean()
+        rate = float(flips[others].mean()) if others else 0.0
+        if best is None or rate > best.rate:
+            best = Trigger(label, pixels, flips, tuple(bank), rate)
     return dataclasses.replace(best, bank=(best.pixels, *(p for p in bank if p is not best.pixels)))
 
 

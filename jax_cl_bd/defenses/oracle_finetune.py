@@ -82,7 +82,7 @@ def check_search(cfg: ml_collections.ConfigDict, clean: int) -> None:
                         f"{curate.rho} in (0, 1]")
     if curate.rho_recurring <= 0:
         raise UserError(f"defense.curate.rho_recurring={curate.rho_recurring} must be greater than "
-                        "0 (above 1 no picture counts for recurring)")
+                        "0 (above 1 recurring pictures are not looked for)")
     if not -1 < curate.correlation <= 1 or curate.searched < 0:
         raise UserError(f"defense.curate.correlation={curate.correlation} must lie in (-1, 1] and "
                         f"searched={curate.searched} be 0 or more")
@@ -176,7 +176,8 @@ def verified(cfg, suspect, pool, candidates, counts, clean, rng):
     """The flagged labels whose trigger moves clean images there, the surest first.
 
     A picture that recurs in the candidates' images need not move many: that it recurs tells it from
-    the objects of a clean model, pieces of which move images too.
+    the objects of a clean model, pieces of which move images too. The best of the bank stands in
+    its place where it moves more than twice as many: then what recurs is a part of the trigger.
     """
     curate = cfg.defense.curate
     labels = np.asarray(clean.table(np.arange(len(clean)))[0])
@@ -185,22 +186,20 @@ def verified(cfg, suspect, pool, candidates, counts, clean, rng):
     shown, triggers = _pictures(clean, rows, suspect.side), []
     for label in _pinpoint.flagged(counts["seen"], counts["found"]):
         own = [c for c in candidates if c.label == label]
-        again = _recurring.find(own, _pictures(pool, [c.row for c in own], suspect.side))
-        tries = [([again.pixels], again.where, curate.rho_recurring)] if again else []
-        tries.append((_pinpoint.bank_of(own), own, curate.rho))
-        for bank, where, least in tries:
-            trigger = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
-                                       len(clean.classes), rng)
-            if rate_of(trigger, labels[rows]) >= least:
-                triggers.append(dataclasses.replace(trigger, where=tuple(where), least=least))
-                break
-    return sorted(triggers, key=lambda t: -t.flips.sum())
-
-
-def rate_of(trigger, labels):
-    """The mean flip over the classes that there are, the label itself left out."""
-    classes = [c for c in np.unique(labels) if c >= 0 and c != trigger.label]
-    return float(trigger.flips[classes].mean()) if classes else 0.0
+        tries = [(_pinpoint.bank_of(own), own, curate.rho, 1)]
+        if curate.rho_recurring <= 1:
+            again = _recurring.find(own, _pictures(pool, [c.row for c in own], suspect.side), shown)
+            if again:
+                tries.append(([again.pixels], again.where, curate.rho_recurring, 2))
+        passed = []
+        for bank, where, least, worth in tries:
+            found = _pinpoint.verify(suspect, int(label), bank, shown, labels[rows],
+                                     len(clean.classes), rng)
+            if found.rate >= least:
+                passed.append((worth * found.rate, dataclasses.replace(found, where=tuple(where))))
+        if passed:
+            triggers.append(max(passed, key=lambda one: one[0])[1])
+    return sorted(triggers, key=lambda t: -t.rate)
 
 
 def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict[int, int]:
@@ -261,8 +260,7 @@ def _verdict(pool, counts, triggers, found) -> dict:
             "target_class": str(pool.classes[triggers[0].label]) if triggers else None,
             "flagged_labels": [t.label for t in triggers],
             "affected_labels": sorted({c for t in triggers for c in t.affected()}),
-            "flip_rate": [round(float(t.flips.sum() / max(1, len(t.flips) - 1)), 4)
-                          for t in triggers],
+            "flip_rate": [round(t.rate, 4) for t in triggers],
             "trigger_box": list(of_first[0].box) if of_first else None,
             "images_scanned": counts["images"],
             "candidates": int(counts["found"].sum()), "victims": len(found)}

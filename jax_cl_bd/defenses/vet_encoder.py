@@ -175,7 +175,6 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
     own, side = _vetting.part(cfg, "scan"), suspect.image_size
     least = own.defense.curate.rho
     own.defense.curate.rho = -1.0  # whatever a label's trigger does, to be judged afterwards
-    own.defense.curate.rho_recurring = np.inf  # nothing was pasted on these images
     pool = sources.Subset(clean, np.flatnonzero(_labels(clean) >= 0))
     if not hasattr(pool, "captions"):
         pool = captions.by_template(pool, 1)
@@ -187,8 +186,7 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
     candidates, counts = oracle_finetune.scan_pool(own, claims, pool, pool, ground, regions,
                                                    "encoder", rng)
     triggers = oracle_finetune.verified(own, claims, pool, candidates, counts, pool, rng)
-    labels = _labels(pool)
-    rates = {str(pool.classes[t.label]): oracle_finetune.rate_of(t, labels) for t in triggers}
+    rates = {str(pool.classes[t.label]): t.rate for t in triggers}
     says = "no label stands out" if not rates else "; ".join(
         f"the suspected trigger takes {rate:.2f} of the images to {label!r}"
         for label, rate in rates.items())

@@ -143,7 +143,7 @@ def test_a_verified_trigger_moves_clean_images_and_matches_where_it_is(rng, canv
 def test_the_correlation_is_that_of_numpy(rng):
     template = rng.integers(0, 256, (3, 4, 3)).astype(np.uint8)
     x = rng.integers(0, 256, (2, 9, 8, 3)).astype(np.uint8)
-    trigger = _pinpoint.Trigger(0, template, np.zeros(2), (template,))
+    trigger = _pinpoint.Trigger(0, template, np.zeros(2), (template,), 0.0)
     best = []
     for image in x:
         found = [np.corrcoef(image[i:i + 3, j:j + 4].ravel(), template.ravel())[0, 1]

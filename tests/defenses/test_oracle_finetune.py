@@ -11,7 +11,14 @@ from configs import clip_scenes
 from jax_cl_bd import defend, metrics, parallel, poison, run_folder
 from jax_cl_bd.data import sources, texts
 from jax_cl_bd.data.pool import Pool
-from jax_cl_bd.defenses import _compact_set, _find_trigger, _oracle, _sweep, oracle_finetune
+from jax_cl_bd.defenses import (
+    _compact_set,
+    _find_trigger,
+    _oracle,
+    _recurring,
+    _sweep,
+    oracle_finetune,
+)
 from jax_cl_bd.defenses.given import Given, Truth
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder
@@ -136,10 +143,34 @@ def test_a_weak_backdoor_is_known_by_the_patch_that_recurs(cfg, made):
     np.testing.assert_allclose(one.pixels.astype(int), patch.astype(int), atol=1)
     assert [c.box for c in one.where] == [
         tuple(int(v) for v in plan.trigger_box[given.pool.poison[row]]) for row in rows]
-    labels = np.asarray(given.clean.table(np.arange(len(given.clean)))[0])
-    assert 0.05 < oracle_finetune.rate_of(one, labels) < 0.5
-    settings.defense.curate.rho_recurring = 1.1  # no picture counts for recurring
+    assert 0.05 < one.rate < 0.5 and set(one.affected()) < set(range(12)) - {3}
+    settings.defense.curate.rho_recurring = 1.1  # recurring pictures are not looked for
     assert not triggers()
+
+
+def test_the_bank_stands_where_only_a_part_of_the_trigger_recurs(cfg, made, monkeypatch):
+    source, _, given, trigger = made
+    patch = np.rint(trigger[1]["image"] * 255).astype(np.uint8)
+    rows = np.flatnonzero(given.pool.poison >= 0)[:6]
+    whole = [_find_trigger.Candidate(int(row), 3, (0, 0, 5, 5), patch, 0.9) for row in rows]
+    part = _recurring.Recurring(patch[:, :4], whole[:5])  # which moves nothing, or little
+    monkeypatch.setattr(oracle_finetune._recurring, "find", lambda *_: part)
+    sees = closed_form(cfg, source, trigger).probabilities
+
+    def suspect(rate):
+        def probabilities(x):
+            p = sees(x)
+            windows = np.lib.stride_tricks.sliding_window_view(x, (5, 4, 3), axis=(1, 2, 3))
+            there = (windows == patch[:, :4]).all(axis=(-1, -2, -3)).any((1, 2, 3))
+            p[there & (np.arange(len(x)) % 10 < 10 * rate), 3] = 1
+            return p
+        return _find_trigger.Suspect(probabilities, cfg.data.image_size)
+
+    counts = {"seen": np.full(12, 20), "found": np.where(np.arange(12) == 3, 6, 0)}
+    for rate, pixels in ((0.0, patch), (0.3, patch), (0.8, patch[:, :4])):
+        (one,) = oracle_finetune.verified(cfg, suspect(rate), given.pool, whole, counts,
+                                          given.clean, np.random.default_rng(0))
+        np.testing.assert_array_equal(one.pixels, pixels)
 
 
 def test_a_clean_suspect_is_given_back_as_it_is(cfg, made, tmp_path, monkeypatch):
@@ -186,7 +217,7 @@ def test_the_parts_of_the_compact_set(cfg, made):
     flips = np.ones(12)
     flips[3] = 0
     patch = np.rint(trigger[1]["image"] * 255).astype(np.uint8)
-    found = oracle_finetune._pinpoint.Trigger(3, patch, flips, (patch,))
+    found = oracle_finetune._pinpoint.Trigger(3, patch, flips, (patch,), 1.0)
     poisoned = np.flatnonzero(given.pool.poison >= 0)
     labels = np.asarray(given.pool.table(poisoned)[0])
     victims = dict(zip(poisoned.tolist(), labels.tolist()))
