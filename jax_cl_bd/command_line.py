@@ -103,7 +103,7 @@ def _text(name: str) -> str:
     path = Path(name)
     if path.is_file():
         return path.read_text(errors="replace")
-    others = _experiments(path.parent)
+    others = _experiments(path if path.is_dir() else path.parent)
     if others:
         raise unknown("config file", name, others)
     raise UserError(f"the config file {name!r} does not exist")

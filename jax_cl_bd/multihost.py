@@ -74,8 +74,9 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
     for size, rank, others in CLUSTERS:
         if size in environ and rank in environ and int(environ[size]) > 1:
             if others not in environ:
+                hint = " (Open MPI 5 does not)" if size.startswith("OMPI") else ""
                 raise UserError(f"{size}={environ[size]}, but {others}, from which jax learns where"
-                                " the others are, is not set (Open MPI 5 does not): give "
+                                f" the others are, is not set{hint}: give "
                                 f"--coordinator=HOST:PORT --processes={environ[size]} "
                                 f"--process_id=${rank} in each, or --processes=1 to run alone")
             return Job(int(environ[size]), int(environ[rank]), None)

@@ -155,7 +155,8 @@ def check(cfg: ml_collections.ConfigDict) -> None:
                         "them once: --config.data.feed=resident")
     if not cfg.train.steps:
         raise UserError("train.steps=0 lets epochs say how long members train, which differ in "
-                        "length where other rows are poisoned; set --config.train.steps")
+                        "length where other rows are poisoned; set --config.train.steps and "
+                        "--config.train.epochs=0")
     if cfg.train.chunks != 1:
         raise UserError(f"train.chunks={cfg.train.chunks} is of single runs; members share a step")
     if training.looks_at_all(cfg) or "epoch_steps" in cfg.objective:
@@ -186,13 +187,13 @@ def train(members: dict[str, ml_collections.ConfigDict], folder: epath.Path) -> 
     begun = _begun(place)
     todo = [m for m in every if (_name(m, folder) in begun if begun
                                  else not run_folder.is_done(m.folder / "pretrain"))]
-    if not todo:
-        print("pretrain: complete", flush=True)
-        return
     if begun and len(todo) < len(begun):
         missing = sorted(set(begun) - {_name(m, folder) for m in todo})
         raise UserError(f"{place} was begun with further members, {', '.join(missing)}; vary what "
                         "was varied then, or remove that folder")
+    if not todo:
+        print("pretrain: complete", flush=True)
+        return
     run_folder.begin(place, {"members": [_name(m, folder) for m in todo]})
     for m in todo:
         run_folder.write_config(m.folder, m.cfg)

@@ -41,7 +41,7 @@ def asked_of(cfg: ConfigDict) -> Iterator[None]:
         group, key = _asked(error)
         if not isinstance(group, ConfigDict):
             raise
-        raise UserError(_missing(_name_of(cfg, group), group, key)) from None
+        raise UserError(_missing(cfg, _name_of(cfg, group), key)) from None
 
 
 def _asked(error):
@@ -58,9 +58,10 @@ def _asked(error):
 def _name_of(cfg, group) -> str:
     """Where a group, or a copy of it, lies in the config; "" for the config itself."""
     groups = dict(_groups(cfg, ""))
-    for name, other in groups.items():
-        if other.to_dict() == group.to_dict():
-            return name
+    for same in (lambda other: other is group, lambda other: other.to_dict() == group.to_dict()):
+        for name, other in groups.items():
+            if same(other):
+                return name
     alike = [name for name, other in groups.items()
              if "name" in other and other.name == group.get("name")]
     return alike[0] if alike else ""
@@ -73,15 +74,16 @@ def _groups(cfg, prefix):
             yield from _groups(value, f"{prefix}.{key}".lstrip("."))
 
 
-def _missing(place, group, key) -> str:
-    setting = f"{place}.{key}".lstrip(".")
-    if "name" not in group:
+def _missing(cfg, place, key) -> str:
+    setting, groups = f"{place}.{key}".lstrip("."), dict(_groups(cfg, ""))
+    while place and "name" not in groups[place]:
+        place = place.rpartition(".")[0]
+    if not place:
         return (f"setting {setting} is missing from the config; the function config() of "
                 "configs/common.py has what a file may leave out")
-    kind = place.rpartition(".")[2]
-    colon = ""
+    kind, name, colon = place.rpartition(".")[2], groups[place].name, ""
     if kind in AFTER_THE_COLON:
-        colon = (f"choose it after the colon, --config=FILE:{kind}={group.name}, where the file "
-                 "offers that, or ")
-    return (f"setting {setting} is missing for {kind} {group.name!r}; {colon}add its settings to "
-            "the config file")
+        colon = (f"choose it after the colon, --config=FILE:{kind}={name}, where the file offers "
+                 "that, or ")
+    return (f"setting {setting} is missing for {kind} {name!r}; {colon}add its settings to the "
+            "config file")

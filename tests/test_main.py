@@ -3,6 +3,7 @@
 
 import pytest
 
+from configs import clip_scenes
 from jax_cl_bd import stages
 from jax_cl_bd.errors import UserError
 from tests.command_line import BASE, quickstart, refused
@@ -89,6 +90,14 @@ def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_setting_missing_deep_in_a_method_names_the_method():
+    cfg = clip_scenes.get_config("debug,defense=oracle_finetune")
+    del cfg.defense.curate["rho_recurring"]
+    with pytest.raises(UserError, match="setting defense.curate.rho_recurring is missing for "
+                                        "defense 'oracle_finetune'"):
+        stages.check(cfg, ["defend"])
+
+
 def test_a_config_without_some_settings_says_which():
     cfg = quickstart()
     with cfg.unlocked():
@@ -108,8 +117,6 @@ def test_errors_that_are_no_missing_setting_stay_what_they_are(monkeypatch):
 
 
 def test_an_in_modality_term_without_second_captions_is_refused():
-    from configs import clip_scenes
-
     cfg = clip_scenes.get_config("debug")
     cfg.objective.in_modality = 1.0
     with pytest.raises(UserError, match="data.text_augment=eda"):

@@ -62,7 +62,7 @@ def grade(scores: np.ndarray, threshold: float, poisoned: np.ndarray) -> dict:
     if not poisoned.any() or poisoned.all():
         return {"auroc": None, "tpr": None, "fpr": None, "tpr_at_1_percent_fpr": None}
     above = scores > threshold
-    fpr, tpr, _ = roc_curve(poisoned, scores)
+    fpr, tpr, _ = roc_curve(poisoned, scores, drop_intermediate=False)
     return {"auroc": float(roc_auc_score(poisoned, scores)), "tpr": float(above[poisoned].mean()),
             "fpr": float(above[~poisoned].mean()),
             "tpr_at_1_percent_fpr": float(tpr[fpr <= 0.01].max())}

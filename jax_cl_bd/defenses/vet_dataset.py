@@ -69,11 +69,12 @@ def clean_rows(cfg: ml_collections.ConfigDict):
     if not 0 < d.false_alarm < 1:
         raise UserError(f"defense.false_alarm={d.false_alarm} must lie in (0, 1)")
     split = d.clean_split or cfg.data.test_split
-    if not d.clean_data and split == cfg.data.train_split:
+    own = d.clean_data or cfg.data.name
+    if own == cfg.data.name and split == cfg.data.train_split:
         raise UserError(f"the known clean rows, split {split!r} of {cfg.data.name!r}, are the rows "
                         "to be judged; name others: --config.defense.clean_data=folder:PATH, or "
                         "--config.defense.clean_split=SPLIT")
-    known = sources.load({**cfg.data.to_dict(), "name": d.clean_data or cfg.data.name,
+    known = sources.load({**cfg.data.to_dict(), "name": own,
                           "test_split": split, "limit": 0}, "test")
     if count := sources.shared(known, sources.load(cfg.data, "train")):
         raise UserError(f"{where(cfg)}, the known clean rows, has {count} rows in common with "

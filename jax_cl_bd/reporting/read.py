@@ -69,6 +69,8 @@ def folders(names: list[str]) -> list[epath.Path]:
     found, places = [], {}
     for name in names:
         folder = epath.Path(name)
+        if not folder.is_dir() and folder.exists():
+            raise UserError(f"{name!r} is a file, not a run folder")
         if not folder.is_dir():
             beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
             near = nearest(str(folder), [str(path) for path in beside if path.is_dir()])

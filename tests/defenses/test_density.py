@@ -145,6 +145,14 @@ def test_threshold_and_grades():
     scores, poisoned = np.append(clean, [197.5, 300.0, 50.0]), np.arange(203) >= 200
     found = _detection.grade(scores, 500.0, poisoned)
     assert found["tpr_at_1_percent_fpr"] == pytest.approx(2 / 3) and found["tpr"] == 0
+    # Ties on a straight line of the curve: each threshold counts, not the line's ends alone.
+    tied = _detection.grade(np.repeat([3.0, 2.0, 1.0], 101), 9.0, np.tile(np.arange(101) < 1, 3))
+    assert tied["tpr_at_1_percent_fpr"] == 0
+    scores = np.r_[np.repeat([4.0, 3.0, 2.0], 2), np.ones(297)]
+    found = _detection.grade(scores, 9.0, np.r_[[True, False] * 3, np.zeros(297, bool)])
+    assert found["tpr_at_1_percent_fpr"] == 1.0
+    found = _detection.grade(scores[:250], 9.0, np.r_[[True, False] * 3, np.zeros(244, bool)])
+    assert found["tpr_at_1_percent_fpr"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("image_text", [True, False])

@@ -102,6 +102,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
                           ({"defense.false_alarm": 0.002}, "needs 500 clean rows"),
                           ({"defense.level": 0.0}, "level=0.0"),
                           ({"defense.clean_split": "train"}, "are the rows to be judged"),
+                          ({"defense.clean_data": "scenes", "defense.clean_split": "train"},
+                           "are the rows to be judged"),
                           ({"defense.clean_data": "folder:/no/such"}, "/no/such"),
                           ({"defense.scorer": str(tmp_path)}, "neither config.json"),
                           ({"defense.density.k": 1}, "defense.k=1"),
