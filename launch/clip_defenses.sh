@@ -4,7 +4,9 @@
 # Usage: [DRY_RUN=1] [ATTACKS="badnets optimized_patch"] [SEEDS="0 1 2 3 4"] [SHARES="4 1 low"] \
 #   bash launch/clip_defenses.sh FOLDER [victims|repair|baselines|limits|cleaning|cifar10] \
 #   [--config.key=value ...]
-# Without a part all are run, in this order; all but cifar10 need the victims.
+# Without a part all are run, in this order; all but cifar10 need the victims. All 512 runs take
+# about 30 hours on 2 cores, by the times of single ones below; within eight hours:
+# SHARES=4 for the parts victims, repair and baselines, and the part limits.
 # Shares: 4 % of 8,000 pairs (320 poisons), 1 % (80), low: 0.4 % of 100,000 (400). Optimised patches
 # have seeds 0 to 2. Seed 0 has all rates of a repair, the others RATES, "(0.001,0.003)".
 # Every encoder is also measured on the shifted split. A defense has a folder of its own, since a
