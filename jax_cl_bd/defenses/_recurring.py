@@ -151,13 +151,17 @@ def _grown(shown, corners, side):
         name = min(cost, key=cost.get)
         top, left = top - (name == "top"), left - (name == "left")
         bottom, right = bottom + (name == "bottom"), right + (name == "right")
-    while bottom - top > 1 and _deviation(middle[top, left:right]) < _FLAT:
+    # A side that no difference ended has met a ground that the images share, not the patch's edge.
+    shared = {name for name in lines if not np.isfinite(cost.get(name, np.inf))}
+    while "top" in shared and bottom - top > 1 and _deviation(middle[top, left:right]) < _FLAT:
         top += 1
-    while bottom - top > 1 and _deviation(middle[bottom - 1, left:right]) < _FLAT:
+    while "bottom" in shared and bottom - top > 1 and (
+            _deviation(middle[bottom - 1, left:right]) < _FLAT):
         bottom -= 1
-    while right - left > 1 and _deviation(middle[top:bottom, left]) < _FLAT:
+    while "left" in shared and right - left > 1 and _deviation(middle[top:bottom, left]) < _FLAT:
         left += 1
-    while right - left > 1 and _deviation(middle[top:bottom, right - 1]) < _FLAT:
+    while "right" in shared and right - left > 1 and (
+            _deviation(middle[top:bottom, right - 1]) < _FLAT):
         right -= 1
     picture = np.rint(middle[top:bottom, left:right]).astype(np.uint8)
     return (top - reach, left - reach, bottom - reach, right - reach), picture

@@ -51,6 +51,18 @@ def test_a_patch_is_framed_to_the_pixel(side, size):
         np.testing.assert_array_equal(c.pixels, patch)
 
 
+@pytest.mark.parametrize("plain_lines", [[0], [0, 1, 3, 4]])
+def test_plain_lines_at_the_edge_of_a_patch_belong_to_it(plain_lines):
+    rng = np.random.default_rng(8)  # as in optimised patches, whose pixels are saturated
+    patch = 255 * rng.integers(0, 2, (5, 5, 3)).astype(np.uint8)
+    patch[plain_lines] = (255, 0, 255)
+    patch[:, plain_lines] = (255, 0, 255)
+    candidates, shown, true = suspected(rng, patch, side=32, shown=12, objects=6)
+    found = _recurring.find(candidates, shown, plain(rng, 32))
+    np.testing.assert_array_equal(found.pixels, patch)
+    assert [c.box for c in found.where] == true[:12]
+
+
 def test_objects_that_resemble_each_other_do_not_recur():
     rng = np.random.default_rng(1)
     patch = rng.integers(0, 256, (5, 5, 3)).astype(np.uint8)
