@@ -106,6 +106,7 @@ def weights_of(folder):
     return jax.tree.leaves(encoded)
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command_gives_the_same_bits(tmp_path):
     finish(tmp_path / "whole")
     killed = command(*LONG, f"--workdir={tmp_path}/killed")

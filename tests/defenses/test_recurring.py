@@ -38,7 +38,8 @@ def suspected(rng, patch, *, side, shown, objects, around=2):
             np.stack(images), true)
 
 
-@pytest.mark.parametrize("side, size", [(32, (5, 5)), (32, (4, 9)), (128, (12, 16))])
+@pytest.mark.parametrize("side, size", [
+    (32, (5, 5)), (32, (4, 9)), pytest.param(128, (12, 16), marks=pytest.mark.slow)])
 def test_a_patch_is_framed_to_the_pixel(side, size):
     rng = np.random.default_rng(side + size[1])
     patch = rng.integers(0, 256, (*size, 3)).astype(np.uint8)

@@ -163,7 +163,6 @@ def by_hand(dataset, state):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_streamed_feed_gives_the_same_split_and_steps(tmp_path):
     resident, streamed = [], []
     run(tmp_path / "resident", 6, config(), watch=resident)
