@@ -34,8 +34,7 @@ quickstart: install
 # Two processes, each with its 8 simulated devices; most of the time goes into compiling, of programs
 # too small to gain by XLA's costly optimisations. `make test-all` leaves those on.
 test: install-test
-	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && JAX_COMPILATION_CACHE_DIR="$$cache" \
-		JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TESTS) -q -n 2 -m "not slow and not gpu and not tpu"
 
 test-all: install-test
 	$(RUN) -m pytest -q -rs
