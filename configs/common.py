@@ -243,7 +243,7 @@ def debug(cfg):
         cfg.objective.queue_batches = 2
     if "uni_steps" in cfg.objective:
         cfg.objective.update(uni_steps=1, cross_steps=0)
-    cfg.train.update(steps=2, epochs=0, batch_size=16, log_every=1, save_every=1, eval_every=0,
+    cfg.train.update(steps=2, epochs=0, batch_size=16, log_every=1, save_every=2, eval_every=0,
                      steps_per_dispatch=1)
     cfg.evals.update(batch_size=64)
     if cfg.text.name != "none":

@@ -1,5 +1,6 @@
 """One process, 8 simulated CPU devices, and compiled programs kept between runs."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -25,6 +26,11 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain and config files look at flags
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

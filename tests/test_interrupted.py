@@ -66,6 +66,7 @@ def test_sigterm_outside_training_says_how_to_go_on(tmp_path):
     assert process.stderr == "stopped by SIGTERM; the same command goes on where it stopped\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends_with_130(tmp_path):
     process = command(*LONG, f"--workdir={tmp_path}")
     metrics = tmp_path / "metrics.jsonl"

@@ -38,15 +38,17 @@ def hue(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Turns the hue by `shift` of a full circle, through HSV.
 
     HSV to RGB without its six cases: channel c is value - chroma * clip(min(k, 4 - k), 0, 1) with
-    k = (offset_c + 6 hue) mod 6 and offsets 5, 3, 1; equal to the case table.
+    k = (offset_c + 6 hue) mod 6 and offsets 5, 3, 1; equal to the case table. The largest channel
+    is found by comparing channels, not by equality with their maximum: a compiler may compute a
+    channel twice, rounded differently.
     """
     red, green, blue = x
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
     sextant = jnp.where(
-        value == red, (green - blue) * scale,
-        jnp.where(value == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale))
+        (red >= green) & (red >= blue), (green - blue) * scale,
+        jnp.where(green >= blue, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale))
     sextant = sextant + 6.0 * _per_image(shift)
 
     def channel(offset):

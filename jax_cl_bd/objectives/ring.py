@@ -113,9 +113,12 @@ def _meet(texts, columns, scale, bias, d_texts, mine):
     slope = -sign * jax.nn.sigmoid(-sign * logits)  # of the loss in the logits
     own = mine["own"] + jnp.where(row == columns, logits, 0).sum(1)  # known from the first hop on
     first = (logits == own[:, None]) & (columns < row)
+    # An image's own text is never ahead of itself, though a compiler may compute it twice and round
+    # differently.
+    ahead = ((logits > own[:, None]) | first) & (columns != row)
     new = {"image": mine["image"], "row": mine["row"], "own": own,
            "loss": mine["loss"] - jax.nn.log_sigmoid(sign * logits).sum(1),
-           "ahead": mine["ahead"] | ((logits > own[:, None]) | first).any(1),
+           "ahead": mine["ahead"] | ahead.any(1),
            "d_image": mine["d_image"] + jnp.matmul(slope, texts, precision=EXACT),
            "d_bias": mine["d_bias"] + slope.sum(1)}
     return d_texts + jnp.matmul(slope.T, mine["image"], precision=EXACT), new

@@ -20,6 +20,7 @@ def config(defense):
     cfg = clip_scenes.get_config(f"debug,defense={defense}")
     cfg.data.scenes_train = 40
     cfg.mesh.data = 1
+    cfg.train.save_every = 0  # the last step alone
     cfg.defense.optim.update(warmup_steps=0, schedule="constant")
     return cfg
 

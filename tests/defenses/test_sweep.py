@@ -61,6 +61,7 @@ def swept(folder, stop=lambda what: None):
     """_sweep.train at two rates, four steps each, with a model that compiles at once; `stop` is
     told of every batch and of every look, and may raise."""
     cfg = clip_scenes.get_config("debug,defense=clean_clip")
+    cfg.train.save_every = 1
     cfg.mesh.data = 1
     cfg.defense.update(rates=(0.01, 0.1), steps=4, points=2)
     cfg.defense.optim.update(warmup_steps=0, schedule="constant")

@@ -90,6 +90,7 @@ def test_fixed_canvas():
     np.testing.assert_allclose(tall.pair_probability, 0.0294, rtol=0.003)
 
 
+@pytest.mark.slow
 def test_pictures_that_are_not_square_are_joined_at_their_short_side():
     best = solve(scale=(0.2, 1), ratio=RATIO, trigger=50, reference=(375, 500))
     np.testing.assert_allclose(best.layout.canvas, (375, 1000), rtol=0.005)
@@ -98,6 +99,7 @@ def test_pictures_that_are_not_square_are_joined_at_their_short_side():
     np.testing.assert_allclose(units.pair_probability, best.pair_probability, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_optimum_at_the_edge_of_the_central_crop_keeps_its_probability():
     # a long reference wants a tall canvas whose central crop just lies inside the shadow
     found = [solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, reference=(2, 1), seed=seed)
@@ -122,12 +124,14 @@ def test_whole_pixels():
         np.testing.assert_allclose(part * 32, np.round(part * 32), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_crops_keep_the_canvas_and_raise_the_probability():
     best = solve(scale=(0.2, 1), ratio=RATIO, trigger=0.25, crops=4)
     np.testing.assert_allclose(best.layout.canvas, (1, 2), atol=0.01)
     assert 0.1 < best.pair_probability < 6 * 0.0294  # six pairs, some of them shared
 
 
+@pytest.mark.slow
 def test_an_aspect_law_that_prefers_tall_crops_is_not_turned():
     wide = solve(scale=(0.2, 1), ratio=(0.5, 1.0), trigger=0.25)
     assert wide.layout.canvas[1] > wide.layout.canvas[0]  # tall crops lie in halves of a wide one
