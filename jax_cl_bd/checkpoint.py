@@ -1,7 +1,9 @@
 """Checkpoints that are verified before they are used; no other file imports orbax (design 8)."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -38,8 +40,9 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
         OSError: the storage refused; it names the step.
     """
     try:
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-        manager.wait_until_finished()
+        with _one_error():
+            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+            manager.wait_until_finished()
         if multihost.is_writer():
             folder = manager.directory / str(step)
             run_folder.write_json(folder / DIGESTS, _digests(folder))
@@ -51,6 +54,28 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
         refused.errno = int(number[1]) if number else getattr(error, "errno", None)
         raise refused from None
     multihost.wait("digests")
+
+
+@contextlib.contextmanager
+def _one_error():
+    """Keeps to itself what a save's other writes print once one of them was refused.
+
+    There are hundreds, and each reports to an event loop that Orbax has closed by then: a traceback
+    for each, of tensorstore's threads or of asyncio, before and after the error that is raised. So
+    both stay quiet after an error.
+    """
+    log, hook = logging.getLogger("asyncio"), sys.excepthook
+    level = log.level
+
+    def others(kind, error, trace):
+        if str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
+    log.setLevel(logging.CRITICAL)
+    sys.excepthook = others
+    yield
+    log.setLevel(level)
+    sys.excepthook = hook
 
 
 def _refused(error: ValueError) -> bool:

@@ -1,6 +1,7 @@
 """A disk that fills: one line says so, what was saved stays good, and the same command goes on."""
 
 import errno
+import logging
 import re
 import shutil
 import subprocess
@@ -124,6 +125,22 @@ def test_poisons(tmp_path):
     process.communicate(timeout=120)
     assert process.returncode == 0
     assert (tmp_path / "run" / "poison" / "done.json").exists()
+
+
+def test_the_other_writes_of_a_refused_save_print_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # and put back after the test
+    with checkpoint._one_error():
+        pass
+    assert sys.excepthook is sys.__excepthook__
+    level = logging.getLogger("asyncio").level
+    with pytest.raises(OSError), checkpoint._one_error():
+        raise OSError("refused")
+    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)  # as tensorstore does
+    logging.getLogger("asyncio").error("Future exception was never retrieved")
+    assert capsys.readouterr().err == ""
+    sys.excepthook(RuntimeError, RuntimeError("something else"), None)
+    assert "something else" in capsys.readouterr().err
+    logging.getLogger("asyncio").setLevel(level)
 
 
 # A disk of the test's own: poisons and a checkpoint or two fit, three do not; then it is enlarged.

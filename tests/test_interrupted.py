@@ -31,7 +31,7 @@ def test_the_way_on_is_the_errors_own(error, ends):
 @pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_trained_again(tmp_path, capsys):
     folder = epath.Path(tmp_path / "run")
-    cfg = quickstart(**{"defense.name": "none", "mesh.data": 1})
+    cfg = quickstart(**{"defense.name": "none", "mesh.data": 1, "train.save_every": 1})
     stages.run(cfg, folder, ["poison", "pretrain", "evaluate"])
     results = run_folder.read_json(folder / "results.json")
     assert results["run"]["steps"] == {"victim": 2, "control": 2, "untrained": 0}
