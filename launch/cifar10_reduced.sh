@@ -17,9 +17,9 @@ one() {  # one NAME ARGUMENTS [FLAGS...]
 for seed in 0 1 2; do
   one "simclr_noisy_alignment_$seed" "objective=simclr,seed=$seed" "$@"
 done
-# SSL-Backdoor's victims are measured against the same clean encoders.
-one simclr_ssl_backdoor_0 objective=simclr,attack=ssl_backdoor "$@" \
-  --config.control_from="$folder/simclr_noisy_alignment_0"
+# SSL-Backdoor's victims are measured against the same clean encoders, SimCLR's of seed 2.
+one simclr_ssl_backdoor_2 objective=simclr,attack=ssl_backdoor,seed=2 "$@" \
+  --config.control_from="$folder/simclr_noisy_alignment_2"
 for objective in moco byol simsiam; do
   one "${objective}_noisy_alignment_0" "objective=$objective" "$@"
   one "${objective}_ssl_backdoor_0" "objective=$objective,attack=ssl_backdoor" "$@" \
