@@ -36,7 +36,8 @@ quickstart: install
 # half the speed of the older. `make test-all` leaves both on.
 test: install-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	XLA_FLAGS=--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters $(TESTS) -q -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
+	XLA_FLAGS=--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
+	$(TESTS) -q -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
 
 test-all: install-test
 	$(RUN) -m pytest -q -rs

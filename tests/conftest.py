@@ -1,6 +1,5 @@
 """One process, 8 simulated CPU devices, and compiled programs kept between runs."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -26,11 +25,6 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain and config files look at flags
-
-
-def pytest_collection_finish():
-    """What is imported by now stays: the garbage collector need not look through it again."""
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
