@@ -124,7 +124,7 @@ def oracle_finetune(sweep, *, oracle="ground_truth", error=0.1):
             "oracle": dict(name=oracle, error=error, steps=1500, segmenter="classical",
                            segmenter_folder="", segmenter_points=32),
             "scan": dict(screen=20_000, limit=800, enough=20, top=5, sure=0.25, confident=0.5,
-                         evidence="transplant"),
+                         evidence="transplant", counterfactual=True),
             "curate": dict(parts=("clean", "transplant", "replay"), per_label=16, replay=3.0,
                            rho=0.5, rho_recurring=0.05, flips=32, correlation=0.7,
                            searched=300)}

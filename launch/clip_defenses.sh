@@ -2,9 +2,10 @@
 # Repairs of image-text victims on scenes: victims, the oracle-guided repair, its baselines, and its
 # stated limits. Stop it and start it again at will: what is complete is skipped.
 # Usage: [DRY_RUN=1] [ATTACKS="badnets optimized_patch"] [SEEDS="0 1 2 3 4"] [SHARES="4 1 low"] \
-#   bash launch/clip_defenses.sh FOLDER [victims|repair|baselines|limits|cleaning|cifar10] \
+#   bash launch/clip_defenses.sh FOLDER \
+#   [victims|repair|baselines|limits|cleaning|ablations|cifar10] \
 #   [--config.key=value ...]
-# Without a part all are run, in this order; all but cifar10 need the victims. All 512 runs take
+# Without a part all are run, in this order; all but cifar10 need the victims. All 540 runs take
 # about 30 hours on 2 cores, by the times of single ones below; within eight hours:
 # SHARES=4 for the parts victims, repair and baselines, and the part limits.
 # Shares: 4 % of 8,000 pairs (320 poisons), 1 % (80), low: 0.4 % of 100,000 (400). Optimised patches
@@ -14,7 +15,8 @@
 # are none_5 to none_9, so that false alarms can be counted over ten of them. Controls are defended
 # by the repair with the labels as oracle alone. `cleaning`: each cleaning loss on badnets victims
 # pretrained without and with the in-modality term, and pretraining that defends itself, seeds 0 to
-# 2. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
+# 2. `ablations`: the repair with one thing changed, at one rate, on seed 0 of badnets at 4 % with its
+# clean twin and of optimized_patch at 1 %. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
 set -eu
 . "$(dirname "$0")/env.sh"
 [ $# -ge 1 ] || refuse "usage: bash launch/clip_defenses.sh FOLDER [PART] [--config.key=value ...]"
@@ -22,9 +24,10 @@ folder=$1
 shift
 part=all
 case ${1:-} in
-  victims|repair|baselines|limits|cleaning|cifar10) part=$1; shift ;;
+  victims|repair|baselines|limits|cleaning|ablations|cifar10) part=$1; shift ;;
   ""|--*) ;;
-  *) refuse "unknown part $1; one of victims, repair, baselines, limits, cleaning, cifar10" ;;
+  *) refuse "unknown part $1; one of victims, repair, baselines, limits, cleaning, ablations, cifar10"
+    ;;
 esac
 file=configs/clip_scenes.py: flags=(--config.evals.other_test_split=shifted "$@")
 rates=${RATES:-(0.001,0.003)}
@@ -152,6 +155,29 @@ all_cleaning() {
     done
   done
 }
+# What is changed before fine-tuning is also tried on the clean twin; what comes later is not.
+all_ablations() {
+  local name flag
+  for name in badnets_4_0 optimized_patch_1_0; do
+    ablate "$name" configured
+    for flag in scan.evidence=crop scan.counterfactual=False scan.top=1 \
+        curate.rho_recurring=2.0; do
+      ablate "$name" "$flag" "--config.defense.$flag"
+    done
+    for flag in "curate.parts=('transplant','replay')" "curate.parts=('clean','replay')" \
+        "curate.parts=('clean','transplant')" "curate.parts=('clean','relabel','replay')" \
+        "curate.parts=('clean','relabel','transplant','replay')" curate.per_label=4 \
+        curate.per_label=64 preserve=0.0 in_modality=1.0; do
+      ablate "$name" "$(tr -d "()'" <<<"$flag" | tr , _)" "--config.defense.$flag"
+    done
+  done
+}
+ablate() {  # ablate VICTIM NAME [FLAG]
+  local twin=(--config.control=False)
+  case $1-$2 in badnets_4_0-configured|badnets_4_0-scan.*|badnets_4_0-*rho*) twin=() ;; esac
+  defend "$1" "ablation_$2" defense=oracle_finetune "--config.defense.rates=(0.001,)" "${@:3}" \
+    ${twin[@]+"${twin[@]}"}
+}
 all_cifar10() {  # a victim and its control took 20 minutes on one core
   local file=configs/clip_cifar10.py:reduced, flags=("${flags[@]:1}")
   one cifar10_4_0 badnets,seed=0
@@ -164,5 +190,6 @@ case $part in all|repair) each one_repair ;; esac
 case $part in all|baselines) each one_baseline ;; esac
 case $part in all|limits) all_limits ;; esac
 case $part in all|cleaning) all_cleaning ;; esac
+case $part in all|ablations) all_ablations ;; esac
 case $part in all|cifar10) all_cifar10 ;; esac
 name_failed

@@ -8,7 +8,7 @@ import pytest
 
 from tests.launching import JOBSET, ROOT, SLICE, dry, launch, program
 
-COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 512}
+COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 540}
 LAUNCHERS = {"local.sh", "docker.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh",
              "gke_jobset.sh"}
 
@@ -76,14 +76,18 @@ def test_every_run_has_a_control(script):
 def test_the_parts_of_the_defenses_make_the_whole():
     whole = commands("clip_defenses.sh")
     parts = [commands("clip_defenses.sh", part)
-             for part in ("victims", "repair", "baselines", "limits", "cleaning", "cifar10")]
-    assert sum(parts, []) == whole and [len(part) for part in parts] == [24, 66, 336, 42, 24, 20]
+             for part in ("victims", "repair", "baselines", "limits", "cleaning", "ablations",
+                           "cifar10")]
+    assert sum(parts, []) == whole and [len(part) for part in parts] == [24, 66, 336, 42, 24, 28, 20]
     folders = [words[4] for words in whole]
     assert len(set(folders)) == len(folders)
     for words in whole:
         first = words[4].startswith("--workdir") and "_0-" in words[4]
         rates = [w for w in words if w.startswith("--config.defense.rates=")]
         config = config_of(words)
+        if "-ablation_" in words[4]:
+            assert rates == ["--config.defense.rates=(0.001,)"]
+            continue
         assert rates == ([] if first or "rates" not in config.defense
                          else ["--config.defense.rates=(0.001,0.003)"]), words
         assert "/cifar10_" in words[4] or "--config.evals.other_test_split=shifted" in words

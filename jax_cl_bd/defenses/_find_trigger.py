@@ -7,8 +7,8 @@ stays in P. Reconstructed here, and so named in docs/papers.md: every threshold;
 p >= 2 / C; which crop a region is shown in (`evidence`: "crop", resized as the summary has it, or
 "transplant", at its own size and place on a plain canvas and on clean images, since a resized patch
 may trigger nothing); the counterfactual (the region filled with the image's mean takes the label
-away, and what is then seen is what the oracle grounds); the choice among regions that pass
-(confident and small); and the order in which images are scanned.
+away, and what is then seen is what the oracle grounds; `counterfactual` False leaves it out); the
+choice among regions that pass (confident and small); and the order in which images are scanned.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def claims(probabilities: np.ndarray, grounded: np.ndarray, *, top: int,
 
 def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: np.ndarray,
              canvases: tuple[np.ndarray, np.ndarray], *, sure: float, confident: float,
-             evidence: str, regions: Regions = _regions.boxes
+             evidence: str, counterfactual: bool = True, regions: Regions = _regions.boxes
              ) -> list[tuple[int, tuple[int, ...], float]]:
     """Algorithm 1 on one image: (label, box, score) for every label of P that a region explains.
 
@@ -89,6 +89,8 @@ def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: 
         canvases: see `canvases_of`; those of the label itself are not used.
         sure: from what score on the oracle grounds a label (tau_s).
         confident: probability that a crop must reach (tau_r), for evidence "crop".
+        counterfactual: whether a region must pass it; those that hold the label most come first
+            either way.
         regions: of _regions.make.
     """
     boxes = regions(image)
@@ -100,7 +102,7 @@ def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: 
     believed = (grounded[answer] >= sure) | (answer == grounded.argmax())
     found = []
     for label in labels:
-        passed = np.flatnonzero((answer != label) & believed)
+        passed = np.flatnonzero((answer != label) & believed | (not counterfactual))
         passed = passed[np.argsort(without[passed, label], kind="stable")][:_KEPT]
         if not len(passed):
             continue
@@ -160,7 +162,8 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], gro
         image = images.test_image(pool[int(rows[i])]["image"], suspect.side)
         for own, box, score in in_image(suspect, image, wanted[i], grounded[i], canvases,
                                         sure=settings.sure, confident=settings.confident,
-                                        evidence=settings.evidence, regions=regions):
+                                        evidence=settings.evidence,
+                                        counterfactual=settings.counterfactual, regions=regions):
             y, x, height, width = box
             candidates.append(Candidate(int(rows[i]), own, box,
                                         image[y:y + height, x:x + width].copy(), score))

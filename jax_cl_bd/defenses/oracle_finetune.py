@@ -231,7 +231,8 @@ def _victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dic
             image = _pictures(pool, [row], suspect.side)[0]
             if _find_trigger.in_image(suspect, image, np.array([trigger.label]), grounded[i],
                                       canvases, sure=scan.sure, confident=scan.confident,
-                                      evidence=scan.evidence, regions=regions):
+                                      evidence=scan.evidence,
+                                      counterfactual=scan.counterfactual, regions=regions):
                 found[row] = _seen_in(grounded[i])
             progress.update(0, f"{len(found)} victims")
         progress.close()

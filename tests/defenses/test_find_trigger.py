@@ -87,6 +87,9 @@ def test_a_region_must_take_the_label_away_to_what_the_oracle_sees(rng, canvases
     elsewhere = np.float32([0, 1, 0, 0])  # without the patch the suspect says 0, the oracle 1
     assert not _find_trigger.in_image(SUSPECT, image, np.array([TARGET]), elsewhere, canvases,
                                       **ASKED)
+    (label, box, _), = _find_trigger.in_image(SUSPECT, image, np.array([TARGET]), elsewhere,
+                                              canvases, **ASKED, counterfactual=False)
+    assert label == TARGET and _pinpoint.iou(box, (3, 22, 5, 5)) > 0.6
 
 
 def test_a_resized_crop_is_no_evidence_where_the_patch_must_have_its_size(rng, canvases):
@@ -110,7 +113,7 @@ def scanned(rng, canvases, *, enough, limit, error=0.3):
     grounded = np.float32(said[:, None] == np.arange(CLASSES))
     p = backdoored(np.stack([row["image"] for row in pool]))
     wanted = _find_trigger.claims(p, grounded, top=3, sure=0.25)
-    settings = ConfigDict(dict(limit=limit, enough=enough, **ASKED))
+    settings = ConfigDict(dict(limit=limit, enough=enough, counterfactual=True, **ASKED))
     found, counts = _find_trigger.scan(SUSPECT, pool, np.arange(60), wanted, grounded, canvases,
                                        settings, Progress())
     return found, counts, poisoned
