@@ -267,10 +267,13 @@ def debug(cfg):
         cfg.defense.suspects = 20
     if "action" in cfg.defense:
         cfg.defense.sure = 0.01  # an oracle of 2 steps is sure of nothing
-    search = cfg.defense.scan if cfg.defense.name == "vet_encoder" else cfg.defense
+    search = {"vet_encoder": "scan", "vet_dataset": "search"}.get(cfg.defense.name)
+    search = cfg.defense[search] if search else cfg.defense
     if "scan" in search:
         search.scan.update(screen=40, limit=4)
         search.curate.searched = 2
     if cfg.defense.name == "vet_encoder":
         cfg.defense.decree.update(steps=2, batch_size=16)
+    if cfg.defense.name == "vet_dataset":
+        search.oracle.steps, search.batch_size = 2, 16
     return cfg

@@ -170,8 +170,10 @@ def vet_encoder(*, steps, false_alarm=0.05):
 def vet_dataset(*, false_alarm=0.01, level=0.05):
     """The detectors of rows (docs/papers.md, Vetting). `pool` "data": the rows to be judged are
     the train split of the data; "" those of a run folder, as it has them."""
+    search = oracle_finetune({}, oracle="classifier", error=0.0)
     return dict(name="vet_dataset", false_alarm=false_alarm, level=level, clean_data="",
-                clean_split="", scorer="", pool="data", density=dict(k=16, batch=2048))
+                clean_split="", scorer="", pool="data", density=dict(k=16, batch=2048),
+                search={"batch_size": 64, **{k: search[k] for k in ("oracle", "scan", "curate")}})
 
 
 def bdetclip(*, clean_fraction, validation_split, false_alarm=0.05):

@@ -200,7 +200,7 @@ def test_vet_dataset_in_debug_mode(tmp_path, capsys):
     assert verdict["rows"] == 200 and verdict["clean_rows"] == 100
     assert verdict["clean_rows_from"] == "split 'test' of 'scenes'"
     assert {f["detector"] for f in verdict["findings"]} == {"k_distance", "slof", "lid", "dao",
-                                                            "cosine"}
+                                                            "cosine", "search"}
     assert len(verdict["suspects"]) == 20 and verdict["suspects"][0]["captions"]
     assert "auroc" not in verdict["details"]["cosine_filter"]  # nobody knows the truth
     assert not (tmp_path / "run" / "evaluate").exists()

@@ -2,19 +2,21 @@
 
 No paper's: the detectors of rows of this library, each through its own module, on all rows of the
 data: the four scores of local density (defenses/density.py) and, where rows have captions, the
-cosine filter (defenses/cosine_filter.py), by defense.scorer if it names an independent model.
+cosine filter (defenses/cosine_filter.py), by defense.scorer if it names an independent model, and
+the search of the oracle-guided repair (_row_search.py), where known clean rows have labels.
 
 Known clean rows are `defense.clean_data`, split `clean_split`; "" is the test split of the same
 data, taken to be clean. A row is flagged above the threshold that a share `false_alarm` of them
 exceeds, so a share of the rows of clean data is flagged too: a score makes the data suspicious only
 where it flags more rows than clean data would but with probability `level`, divided by the number
-of scores (_vetting.surplus). This finds nothing that changes fewer rows than chance does, and takes
-known clean rows for rows of the same kind: an encoder that fits its training rows better than
-others moves both counts.
+of scores (_vetting.surplus; for the search _row_search.surplus). This finds nothing that changes
+fewer rows than chance does, and takes known clean rows for rows of the same kind: an encoder that
+fits its training rows better than others moves both counts.
 
-Rows are ranked by every score; a row's place in the merged list is the best of its ranks, of equal
-ones the mean rank. The best, since any one of the detectors may be turned round by an attack (many
-like poisons are dense, and the suspect finds its own poisons well matched).
+Rows are ranked by every score, those of equal score all at the last of their places; a row's place
+in the merged list is the best of its ranks, of equal ones the mean rank. The best, since any one of
+the detectors may be turned round by an attack (many like poisons are dense, and the suspect finds
+its own poisons well matched).
 
 Verdict {"suspicious", "findings", "not_checked", "suspects", ...}; `truth` (of a run folder of this
 library) adds each detector's own scoring and changes nothing else.
@@ -24,9 +26,17 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from scipy import stats
 
 from jax_cl_bd.data import sources
-from jax_cl_bd.defenses import _detection, _vetting, cosine_filter, density
+from jax_cl_bd.defenses import (
+    _detection,
+    _row_search,
+    _search,
+    _vetting,
+    cosine_filter,
+    density,
+)
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
@@ -35,6 +45,8 @@ VETS = True
 VERDICT_ONLY = True
 _SHOWN = 32  # images in the picture of the suspects, in lines of 16
 NEVER = ("whether the rows taken to be clean are clean",
+         "triggers that cover the image, and images that show the target beside a trigger, by the "
+         "search",
          "poisons that outnumber density.k in a reference batch, by density",
          "fewer poisons than the false alarms of as many clean rows, but for the ranking",
          "the encoder: configs/vet_encoder.py does that")
@@ -57,6 +69,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
                   clean)
     if d.scorer:
         cosine_filter.check(_cosine_settings(cfg), known)
+    if d.search.batch_size < 1:
+        raise UserError(f"defense.search.batch_size={d.search.batch_size} must be at least 1")
+    _search.check(_search_settings(cfg), max(known, d.search.batch_size))
 
 
 def clean_rows(cfg: ml_collections.ConfigDict):
@@ -101,24 +116,19 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         if why := refusal(cfg, suspect, given):
             not_checked.append(f"{name}: {why}")
             continue
-        module = MODULES[name]
-        outcome = module.run(settings(cfg), victims, given, truth, mesh, folder / name, key)
+        outcome = MODULES[name].run(settings(cfg), victims, given, truth, mesh, folder / name, key)
         details[name] = outcome.verdict
         pictures |= _vetting.shown(folder, name, outcome.report["pictures"])
         with (folder / name / "scores.npz").open("rb") as file, np.load(file) as found:
             scores |= {score: found[score] for score in found.files}
+        findings += _findings(name, outcome.verdict, len(pool), len(given.clean), d.false_alarm)
     if "cosine" in scores and not d.scorer:
         not_checked.append("pairs that the encoder itself has learned to match, by the cosine "
                            "filter: defense.scorer names no independent model")
     if "cosine" in scores:
         scores["cosine"] = -scores["cosine"]  # higher is more suspicious
-    counted = {**details.get("density", {}), "cosine": {
-        "flagged": details.get("cosine_filter", {}).get("dropped")}}
-    for name in scores:
-        flagged = counted[name]["flagged"]
-        p, expected = _vetting.surplus(flagged, len(pool), len(given.clean), d.false_alarm)
-        findings.append({"detector": name, "suspicious": p < d.level / len(scores),
-                         "flagged": flagged, "expected": expected, "p": p})
+    for finding in findings:
+        finding["suspicious"] = finding["p"] < d.level / len(findings)
     findings.sort(key=lambda f: f["p"])
     order, ranks = merged(scores)
     suspects = [_described(pool, int(row), {name: int(rank[row]) for name, rank in ranks.items()})
@@ -136,13 +146,30 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     return Outcome(verdict, None, {"pictures": pictures})
 
 
+def _findings(name, verdict, rows, clean_rows, false_alarm) -> list[dict]:
+    """What a detector found, by each of its scores: {"detector", "flagged", "expected", "p"}."""
+    if name == "search":
+        labels = ", ".join(repr(label) for label in verdict["labels"])
+        says = f"a picture that leads to {labels}" if labels else "no trigger found"
+        return [{"detector": name, "flagged": verdict["flagged"],
+                 "expected": verdict["expected"], "p": verdict["p"], "says": says}]
+    flagged = ({"cosine": verdict["dropped"]} if name == "cosine_filter" else
+               {score: own["flagged"] for score, own in verdict.items()
+                if isinstance(own, dict) and "flagged" in own})
+    found = []
+    for score, count in flagged.items():
+        p, expected = _vetting.surplus(count, rows, clean_rows, false_alarm)
+        found.append({"detector": score, "flagged": count, "expected": expected, "p": p})
+    return found
+
+
 def merged(scores: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """All rows, the most suspicious first, int64 [n], by {score: float [n]}; and each score's rank
-    of every row, 0 the most suspicious. The order: best rank, then mean rank, then row."""
+    of every row, 0 the most suspicious, rows of equal score all at the last of their places. The
+    order: best rank, then mean rank, then row."""
     ranks = {}
     for name, values in scores.items():
-        ranks[name] = np.empty(len(values), np.int64)
-        ranks[name][np.argsort(-values, kind="stable")] = np.arange(len(values))
+        ranks[name] = stats.rankdata(-values, method="max").astype(np.int64) - 1
     every = np.stack(list(ranks.values()))
     return np.lexsort((every.mean(0), every.min(0))), ranks
 
@@ -188,7 +215,16 @@ def _cosine_settings(cfg):
     return own
 
 
-MODULES = {"density": density, "cosine_filter": cosine_filter}
+def _no_search(cfg, suspect, given) -> str:
+    return _row_search.refusal(_search_settings(cfg), suspect, given.pool, given.clean)
+
+
+def _search_settings(cfg):
+    return _vetting.part(cfg, "search")
+
+
+MODULES = {"density": density, "cosine_filter": cosine_filter, "search": _row_search}
 # Name; why it cannot be run on this encoder and these rows, "" if it can; its settings.
 DETECTORS = (("density", _always, _density_settings),
-             ("cosine_filter", _no_captions, _cosine_settings))
+             ("cosine_filter", _no_captions, _cosine_settings),
+             ("search", _no_search, _search_settings))

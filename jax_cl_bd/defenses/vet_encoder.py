@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd.data import captions, sources, templates
-from jax_cl_bd.defenses import _find_trigger, _oracle, _regions, _vetting, decree, oracle_finetune
+from jax_cl_bd.defenses import _find_trigger, _oracle, _regions, _search, _vetting, decree
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
@@ -61,7 +61,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if d.scan.oracle.name != "ground_truth":
         raise UserError(f"defense.scan.oracle.name={d.scan.oracle.name!r} must be 'ground_truth': "
                         "the labels of the images are the oracle here")
-    oracle_finetune.check_search(_vetting.part(cfg, "scan"), clean)
+    _search.check(_vetting.part(cfg, "scan"), clean)
     seen = {}
     for path in (cfg.victim, *d.clean_encoders):
         if path != cfg.victim:
@@ -183,9 +183,9 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
     claims = _find_trigger.suspect_of(suspect, head)
     rng = np.random.default_rng([cfg.seed, len(pool)])
     regions = _regions.make(own.defense.oracle)
-    candidates, counts = oracle_finetune.scan_pool(own, claims, pool, pool, ground, regions,
-                                                   "encoder", rng)
-    triggers = oracle_finetune.verified(own, claims, pool, candidates, counts, pool, rng)
+    candidates, counts = _search.scan_pool(own, claims, pool, pool, ground, regions, "encoder",
+                                           rng)
+    triggers = _search.verified(own, claims, pool, candidates, counts, pool, rng)
     rates = {str(pool.classes[t.label]): t.rate for t in triggers}
     says = "no label stands out" if not rates else "; ".join(
         f"the suspected trigger takes {rate:.2f} of the images to {label!r}"
@@ -193,7 +193,7 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
     return {"score": float(max(rates.values(), default=0.0)), "default": least, "says": says,
             "details": {"labels": rates, "images_scanned": counts["images"],
                         "candidates": int(counts["found"].sum())},
-            "pictures": oracle_finetune.draw(folder, pool, candidates, triggers, side)}
+            "pictures": _search.draw(folder, pool, candidates, triggers, side)}
 
 
 def _digest(source) -> str:

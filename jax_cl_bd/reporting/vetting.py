@@ -49,8 +49,9 @@ def says(finding: dict) -> str:
     """One detector's finding, in a line."""
     mark = "SUSPICIOUS" if finding["suspicious"] else "ok"
     if "p" in finding:
+        what = f"; {finding['says']}" if "says" in finding else ""
         return (f"{finding['detector']}: {mark}; {finding['flagged']:,} rows flagged, clean data "
-                f"would have about {finding['expected']:,} (p = {finding['p']:.2g})")
+                f"would have about {finding['expected']:,} (p = {finding['p']:.2g}){what}")
     clean = ", ".join(f"{score:.4f}" for score in finding["clean_scores"])
     limit = "the detector's default"
     if finding["calibrated"]:

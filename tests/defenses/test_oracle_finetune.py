@@ -15,7 +15,9 @@ from jax_cl_bd.defenses import (
     _compact_set,
     _find_trigger,
     _oracle,
+    _pinpoint,
     _recurring,
+    _search,
     _sweep,
     oracle_finetune,
 )
@@ -136,7 +138,7 @@ def test_a_weak_backdoor_is_known_by_the_patch_that_recurs(cfg, made):
     settings = ConfigDict(cfg.to_dict())
 
     def triggers():
-        return oracle_finetune.verified(settings, suspect, given.pool, found, counts, given.clean,
+        return _search.verified(settings, suspect, given.pool, found, counts, given.clean,
                                         np.random.default_rng(0))
 
     (one,) = triggers()
@@ -154,7 +156,7 @@ def test_the_bank_stands_where_only_a_part_of_the_trigger_recurs(cfg, made, monk
     rows = np.flatnonzero(given.pool.poison >= 0)[:6]
     whole = [_find_trigger.Candidate(int(row), 3, (0, 0, 5, 5), patch, 0.9) for row in rows]
     part = _recurring.Recurring(patch[:, :4], whole[:5])  # which moves nothing, or little
-    monkeypatch.setattr(oracle_finetune._recurring, "find", lambda *_: part)
+    monkeypatch.setattr(_search._recurring, "find", lambda *_: part)
     sees = closed_form(cfg, source, trigger).probabilities
 
     def suspect(rate):
@@ -168,8 +170,8 @@ def test_the_bank_stands_where_only_a_part_of_the_trigger_recurs(cfg, made, monk
 
     counts = {"seen": np.full(12, 20), "found": np.where(np.arange(12) == 3, 6, 0)}
     for rate, pixels in ((0.0, patch), (0.3, patch), (0.8, patch[:, :4])):
-        (one,) = oracle_finetune.verified(cfg, suspect(rate), given.pool, whole, counts,
-                                          given.clean, np.random.default_rng(0))
+        (one,) = _search.verified(cfg, suspect(rate), given.pool, whole, counts, given.clean,
+                                  np.random.default_rng(0))
         np.testing.assert_array_equal(one.pixels, pixels)
 
 
@@ -217,7 +219,7 @@ def test_the_parts_of_the_compact_set(cfg, made):
     flips = np.ones(12)
     flips[3] = 0
     patch = np.rint(trigger[1]["image"] * 255).astype(np.uint8)
-    found = oracle_finetune._pinpoint.Trigger(3, patch, flips, (patch,), 1.0)
+    found = _pinpoint.Trigger(3, patch, flips, (patch,), 1.0)
     poisoned = np.flatnonzero(given.pool.poison >= 0)
     labels = np.asarray(given.pool.table(poisoned)[0])
     victims = dict(zip(poisoned.tolist(), labels.tolist()))

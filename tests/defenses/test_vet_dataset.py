@@ -35,6 +35,9 @@ def test_rows_are_merged_by_their_best_rank_and_then_by_the_mean():
     best, mean = np.array([0, 0, 1, 1]), np.array([6, 3, 5, 4])
     assert vet_dataset.merged(scores)[0].tolist() == sorted(range(4),
                                                             key=lambda i: (best[i], mean[i]))
+    # Of equal scores none is first: those that nothing tells apart are all last.
+    order, ranks = vet_dataset.merged({"a": np.array([-1.0, 0.7, -1.0, 0.9])})
+    assert order.tolist() == [3, 1, 0, 2] and ranks["a"].tolist() == [3, 1, 3, 0]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +53,19 @@ def made():
     return source, plan, Pool(source, plan, rows), model
 
 
+@pytest.fixture
+def no_search(monkeypatch):
+    """The search has tests of its own (test_row_search.py)."""
+    monkeypatch.setattr(vet_dataset._row_search, "refusal", lambda *_: "left out")
+
+
 def judged(cfg, model, pool, truth, folder):
     given = Given(pool.source, None, pool)
     return vet_dataset.run(cfg, [model], given, truth, parallel.make_mesh(cfg.mesh),
                            epath.Path(folder), jax.random.key(0))
 
 
-def test_poisons_are_found_ranked_and_described(made, tmp_path, monkeypatch):
+def test_poisons_are_found_ranked_and_described(made, no_search, tmp_path, monkeypatch):
     source, plan, pool, model = made
     cfg = config(**{"defense.level": 0.6})  # 8 of 200 rows are few beside chance
     # Known clean rows whose classes this model gets right, as it does those of the data.
@@ -107,6 +116,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
                           ({"defense.clean_data": "folder:/no/such"}, "/no/such"),
                           ({"defense.scorer": str(tmp_path)}, "neither config.json"),
                           ({"defense.density.k": 1}, "defense.k=1"),
+                          ({"defense.search.batch_size": 0}, "search.batch_size=0"),
+                          ({"defense.search.oracle.name": "clasifier"}, "clasifier"),
                           ({"data.name": "digits"}, "needs captions")):
         with pytest.raises(UserError, match=says) as error:
             stages.check(stages.with_victim(config(**changes)), list(stages.GROUPS))
