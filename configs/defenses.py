@@ -162,7 +162,7 @@ def vet_encoder(*, steps, false_alarm=0.05):
     search = oracle_finetune({}, error=0.0)
     search["curate"]["rho_recurring"] = 2.0  # off: nothing was pasted on these images
     inversion = decree(clean_fraction=1.0, steps=steps)
-    return dict(name="vet_encoder", false_alarm=false_alarm, clean_encoders=(),
+    return dict(name="vet_encoder", false_alarm=false_alarm, clean_encoders=(), calibration="",
                 decree={k: v for k, v in inversion.items() if k not in ("name", "clean_fraction")},
                 scan={k: search[k] for k in ("oracle", "scan", "curate")})
 

@@ -8,7 +8,8 @@ library, or its control/ or defenses/<name>/. `data`: clean images of your own, 
 label search is to run (scenes|tfds:NAME|folder:PATH|pairs:PATH), their split `split`; none of it
 is trained on. Scenes are drawn at 32 to 64 px alone. Known clean encoders of the same architecture
 calibrate the thresholds: with n of them no false alarm rate below 1 / (n + 1) is certain (what is
-below rests on a normal law), and without any no rate is known. Their scores are kept in DIR.
+below rests on a normal law), and without any no rate is known. Their scores are kept in DIR, or in
+--config.defense.calibration=FOLDER, where the vetting of another suspect finds them.
 
 Ends with what each detector found, what was not checked, the report, and exit status 1 if anything
 is suspicious, else 0. Arguments after the colon: debug, data=SOURCE, split=NAME (default test),

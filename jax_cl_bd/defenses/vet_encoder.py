@@ -13,7 +13,8 @@ higher is more suspicious:
 Thresholds come from the scores of `defense.clean_encoders`, known clean encoders of the same
 architecture, at `defense.false_alarm` for each detector: by ranks where there are enough of them,
 else by a normal law (_vetting.threshold), and then only a rate of 1 / (n + 1) holds for certain.
-Their scores are kept in the run folder under calibration/, by the digest of their weights. Without
+Their scores are kept by the digest of their weights, in the folder `defense.calibration`, so that
+one calibration serves many suspects; "" is calibration/ in the run folder. Without
 any, a detector's own default stands in, and the verdict says that it is not calibrated: nobody
 knows its rate.
 
@@ -96,7 +97,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                 cfg, encoder, data.clean, mesh, place / name, key))
 
         found = found_in(suspect, start.fingerprint(suspect), folder)
-        home = folder.parent.parent / "calibration"
+        home = epath.Path(d.calibration or folder.parent.parent / "calibration")
         scores = [found_in(encoder, mark, home / mark[:16])["score"]
                   for mark, encoder in marked.items()]
         findings.append({"detector": name, **_judged(found, scores, d.false_alarm)})

@@ -96,7 +96,8 @@ def test_a_hub_folder_is_vetted_without_calibration_and_again_for_nothing(folder
 def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
     calls = count_inversions(monkeypatch)
     clean = [folders[0.31], folders[0.32]]
-    verdict = vetted(config(folders[0.3], clean), tmp_path)
+    home = {"defense.calibration": str(tmp_path / "scores")}
+    verdict = vetted(config(folders[0.3], clean, **home), tmp_path / "run")
     assert verdict["calibrated"] and verdict["clean_encoders"] == 2 and len(calls) == 3
     assert verdict["smallest_false_alarm"] == pytest.approx(1 / 3)
     for found in verdict["findings"]:
@@ -106,13 +107,16 @@ def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
         assert found["suspicious"] == (found["score"] > found["threshold"])
     assert not any("no clean encoders" in what for what in verdict["not_checked"])
     # In another order, over the same folder: only what is new is computed, here nothing.
-    cfg = config(folders[0.3], clean[::-1])
+    cfg = config(folders[0.3], clean[::-1], **home)
     stages.check(cfg, ["defend"])
-    stages.run(cfg, epath.Path(tmp_path), ["defend"], "defend")
+    stages.run(cfg, epath.Path(tmp_path / "run"), ["defend"], "defend")
     assert len(calls) == 4  # the suspect's own was dropped by --force
-    (tmp_path / "defenses" / "vet_encoder" / "done.json").unlink()
-    again = vetted(cfg, tmp_path)
+    (tmp_path / "run" / "defenses" / "vet_encoder" / "done.json").unlink()
+    again = vetted(cfg, tmp_path / "run")
     assert again["smallest_false_alarm"] == pytest.approx(1 / 3) and len(calls) == 4
+    # Another suspect, elsewhere: its own scores alone are computed.
+    other = vetted(config(hub_folder(tmp_path / "other", 0.29), clean, **home), tmp_path / "more")
+    assert other["clean_encoders"] == 2 and len(calls) == 5
 
 
 @pytest.mark.parametrize("score, clean, suspicious, rate", [
