@@ -13,10 +13,10 @@ of scores (_vetting.surplus; for the search _row_search.surplus). This finds not
 fewer rows than chance does, and takes known clean rows for rows of the same kind: an encoder that
 fits its training rows better than others moves both counts.
 
-Rows are ranked by every score, those of equal score all at the last of their places; a row's place
-in the merged list is the best of its ranks, of equal ones the mean rank. The best, since any one of
-the detectors may be turned round by an attack (many like poisons are dense, and the suspect finds
-its own poisons well matched).
+Rows are ranked by every score, those of equal score all at the first of their places; a row's place
+in the merged list is the best of its ranks by scores that make the data suspicious, then by any, of
+equal ones the mean rank. The best, since any one of the detectors may be turned round by an attack
+(many like poisons are dense, and the suspect finds its own poisons well matched).
 
 Verdict {"suspicious", "findings", "not_checked", "suspects", ...}; `truth` (of a run folder of this
 library) adds each detector's own scoring and changes nothing else.
@@ -130,7 +130,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     for finding in findings:
         finding["suspicious"] = finding["p"] < d.level / len(findings)
     findings.sort(key=lambda f: f["p"])
-    order, ranks = merged(scores)
+    order, ranks = merged(scores, [f["detector"] for f in findings if f["suspicious"]])
     suspects = [_described(pool, int(row), {name: int(rank[row]) for name, rank in ranks.items()})
                 for row in order[:_detection.MOST]]
     count = min(_SHOWN, len(pool)) // 2
@@ -163,15 +163,15 @@ def _findings(name, verdict, rows, clean_rows, false_alarm) -> list[dict]:
     return found
 
 
-def merged(scores: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def merged(scores: dict[str, np.ndarray], first=()) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """All rows, the most suspicious first, int64 [n], by {score: float [n]}; and each score's rank
-    of every row, 0 the most suspicious, rows of equal score all at the last of their places. The
-    order: best rank, then mean rank, then row."""
-    ranks = {}
-    for name, values in scores.items():
-        ranks[name] = stats.rankdata(-values, method="max").astype(np.int64) - 1
+    of every row, 0 the most suspicious, rows of equal score all at the first of their places. The
+    order: best rank by the scores `first`, best rank by all, mean rank, row."""
+    ranks = {name: stats.rankdata(-values, method="min").astype(np.int64) - 1
+             for name, values in scores.items()}
     every = np.stack(list(ranks.values()))
-    return np.lexsort((every.mean(0), every.min(0))), ranks
+    told = np.stack([ranks[name] for name in first]) if len(first) else every
+    return np.lexsort((every.mean(0), every.min(0), told.min(0))), ranks
 
 
 def _described(pool, i: int, ranks: dict[str, int]) -> dict:

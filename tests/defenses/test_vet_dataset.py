@@ -35,9 +35,11 @@ def test_rows_are_merged_by_their_best_rank_and_then_by_the_mean():
     best, mean = np.array([0, 0, 1, 1]), np.array([6, 3, 5, 4])
     assert vet_dataset.merged(scores)[0].tolist() == sorted(range(4),
                                                             key=lambda i: (best[i], mean[i]))
-    # Of equal scores none is first: those that nothing tells apart are all last.
-    order, ranks = vet_dataset.merged({"a": np.array([-1.0, 0.7, -1.0, 0.9])})
-    assert order.tolist() == [3, 1, 0, 2] and ranks["a"].tolist() == [3, 1, 3, 0]
+    # Equal scores share a rank; a score that makes the data suspicious goes before the others.
+    scores = {"a": np.array([-1.0, 0.7, -1.0, 0.7]), "b": np.array([4.0, 3.0, 2.0, 1.0])}
+    order, ranks = vet_dataset.merged(scores)
+    assert ranks["a"].tolist() == [2, 0, 2, 0] and order.tolist() == [1, 0, 3, 2]
+    assert vet_dataset.merged(scores, ["a"])[0].tolist() == [1, 3, 0, 2]
 
 
 @pytest.fixture(scope="module")
