@@ -89,6 +89,9 @@ def test_the_parts_of_the_defenses_make_the_whole():
         if "-ablation_" in words[4]:
             assert rates == ["--config.defense.rates=(0.001,)"]
             continue
+        if words[4].endswith("-in_modality_only"):
+            assert rates == ["--config.defense.rates=(0.00001,0.0001)"]
+            continue
         assert rates == ([] if first or "rates" not in config.defense
                          else ["--config.defense.rates=(0.001,0.003)"]), words
         assert "/cifar10_" in words[4] or "--config.evals.other_test_split=shifted" in words
