@@ -197,9 +197,11 @@ def check_batch(cfg: ml_collections.ConfigDict, clean: int) -> None:
 
 def with_loss(cfg, name: str, **fields) -> ml_collections.ConfigDict:
     """A copy of the config with an objective that is for repairs alone, and its own fields; what
-    the victim was trained by stays in objective.base."""
+    the victim was trained by stays in objective.base. The in-modality term is the repair's, which
+    the victim's pretraining may have had and the repair not."""
     own = training.plain(cfg)
-    own.objective.update(base=own.objective.name, name=name, **fields)
+    own.objective.update(base=own.objective.name, name=name,
+                         in_modality=float(cfg.defense.get("in_modality", 0)), **fields)
     return own
 
 

@@ -3,6 +3,7 @@
 The repairs on it are tested under their own names.
 """
 
+import importlib
 import types
 
 import jax
@@ -40,6 +41,17 @@ def test_a_repaired_model_is_kept_under_the_victims_own_loss(tmp_path, objective
     kept = run_folder.read_config(epath.Path(tmp_path))
     assert kept.objective.name == objective and "base" not in kept.objective
     assert (tmp_path / "checkpoints" / "3").exists()
+
+
+@pytest.mark.parametrize("name", ["abd", "clean_clip", "cleaner_clip", "invertune",
+                                  "oracle_finetune", "par", "ubt"])
+def test_the_in_modality_term_of_pretraining_is_not_that_of_the_repair(name):
+    cfg = clip_scenes.get_config(f"debug,defense={name}")
+    cfg.mesh.data = 1
+    cfg.objective.in_modality = 1.0
+    importlib.import_module(f"jax_cl_bd.defenses.{name}").check(cfg, 50)
+    own = _sweep.with_loss(cfg, "unimodal")  # any loss for repairs alone
+    assert own.objective.in_modality == cfg.defense.in_modality
 
 
 def test_what_builds_on_clips_loss_refuses_another():
