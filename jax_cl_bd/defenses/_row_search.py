@@ -22,7 +22,6 @@ from jax_cl_bd.defenses import oracle_finetune as repair
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.evals import zero_shot
 
-VERDICT_ONLY = True
 _AT_ONCE = 2048  # images held in memory
 
 
