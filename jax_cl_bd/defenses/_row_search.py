@@ -21,6 +21,7 @@ from jax_cl_bd.defenses import _detection, _find_trigger, _oracle, _pinpoint, _r
 from jax_cl_bd.defenses import oracle_finetune as repair
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.evals import zero_shot
+from jax_cl_bd.metrics import Progress
 
 _AT_ONCE = 2048  # images held in memory
 
@@ -45,8 +46,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     suspect, pool, curate = victims[0], data.pool, cfg.defense.curate
     clean = sources.Subset(data.clean, np.flatnonzero(_labels(data.clean) >= 0))
     split = np.random.default_rng([cfg.seed, len(clean)]).permutation(len(clean))
-    tried = min(curate.flips * len(pool.classes), len(clean) // 2)
-    tried, untouched = (sources.Subset(clean, part) for part in (split[:tried], split[tried:]))
+    count = min(curate.flips * len(pool.classes), len(clean) // 2)
+    tried, untouched = (sources.Subset(clean, part) for part in (split[:count], split[count:]))
     ground = _oracle.make(cfg, clean, mesh, folder / "oracle", key)
     regions = _regions.make(cfg.defense.oracle)
     head = zero_shot.class_weights(suspect, pool.classes, templates.PROMPTS)
@@ -91,10 +92,13 @@ def _likeness(triggers, source, rows, side) -> np.ndarray:
     best = np.full(len(rows), -1.0, np.float32)
     if not triggers:
         return best
+    progress = Progress("compare rows with the trigger", len(rows))
     for start in range(0, len(rows), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         shown = _search.pictures(source, rows[part], side)
         best[part] = np.max([_pinpoint.matches(one, shown) for one in triggers], axis=0)
+        progress.update(len(shown))
+    progress.close()
     return best
 
 
