@@ -24,6 +24,7 @@ LOSSES = ("0.01", "0.02", "0.03")
 COMPARED = (("clean_accuracy@choice", "choice", "clean_accuracy"),
             ("attack_success_rate@choice", "choice", "attack_success_rate"),
             *((f"lowest_attack_success_rate@{d}", d, "attack_success_rate") for d in LOSSES))
+RANKED_BY = "lowest_attack_success_rate@0.02"
 OVER_SEEDS = "Repairs at the defenders' choices and at matched clean accuracy"
 NOTE = ("One line per defense: its points that no other of its points beats in both figures; its "
         "other points are pale, and the ring is the defender's choice. “Within d” is the lowest "
@@ -161,14 +162,18 @@ def by_victim(repairs: list[Repair]) -> list[tuple[str, list[Repair]]]:
 
 def statistics(repairs: list[Repair]) -> list[tuple[str, list[groups.Statistic]]]:
     """For every group of runs: what is COMPARED of each defense, then the differences of any two,
-    paired by seed and target."""
+    paired by seed and target. Those with most seeds come first, among them those that leave least
+    within 2 points of clean accuracy."""
     out = []
     for group in dict.fromkeys(r.group for r in repairs):
         mine = [r for r in repairs if r.group == group]
         labels = list(dict.fromkeys(r.label for r in mine))
         values = {(label, figure): _by_run([r for r in mine if r.label == label], at, of)
                   for label in labels for figure, at, of in COMPARED}
-        found = {key: {k: [v] for k, v in own.items()} for key, own in values.items()}
+        ranks = {label: [*values[label, RANKED_BY].values()] for label in labels}
+        labels.sort(key=lambda label: (-len(ranks[label]), np.mean(ranks[label] or np.inf)))
+        found = {(label, figure): {k: [v] for k, v in values[label, figure].items()}
+                 for label in labels for figure, _, _ in COMPARED}
         for one, other in itertools.combinations(labels, 2):
             for figure, _, _ in COMPARED:
                 both = values[one, figure].keys() & values[other, figure].keys()
@@ -211,10 +216,12 @@ def cost_table(repairs: list[Repair]) -> tuple[list[str], list[list[str]]]:
 
 
 def seeds_table(stats: list[groups.Statistic]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows over seeds: mean ± deviation [t-interval] (number) of all COMPARED."""
+    """Header and rows over seeds: mean ± deviation [t-interval] (number) of all COMPARED; of the
+    differences those of the first defense from the others."""
     rows = {}
     for s in stats:
-        rows.setdefault(s.encoder, {})[s.figure] = s
+        if " - " not in s.encoder or s.encoder.startswith(f"{stats[0].encoder} - "):
+            rows.setdefault(s.encoder, {})[s.figure] = s
     header = ["defense or difference", "clean accuracy at the choices", "ASR at the choices",
               *(f"ASR within {100 * float(d):g}" for d in LOSSES)]
     return header, [[label, *(_cell(own.get(figure)) for figure, _, _ in COMPARED)]
@@ -268,6 +275,8 @@ def sections(repairs: list[Repair]) -> tuple[list[str], list[Picture]]:
         out.append(html.section(
             f"{OVER_SEEDS}: {group}",
             html.paragraph("In percent, over seeds: mean ± standard deviation [95 % t-interval]. "
-                           "Differences of two defenses are taken within each seed.", "note"),
+                           "Differences are taken within each seed, of the first defense, which "
+                           "leaves least within 2 points of clean accuracy, from the others "
+                           "(table.csv has those of any two).", "note"),
             html.table(*seeds_table(stats))))
     return out, pictures

@@ -133,6 +133,12 @@ def test_differences_are_paired_by_seed(folders, tmp_path):
     one = [line for line in lines if line["encoder"].endswith("- norm_only")]
     assert one and all(line["n"] == "1" and line["low"] == "" for line in one)
     assert "| par - clean_clip (pairs=some) |" in text and "(3 seeds)" in text
+    # Whoever leaves least comes first, and the others are set against it alone.
+    least = {line["encoder"]: float(line["mean"]) for line in lines if line["n"] == "3"
+             and " - " not in line["encoder"] and line["figure"] == fronts.RANKED_BY}
+    assert list(least.values()) == sorted(least.values()) and min(least, key=least.get) == "par"
+    assert "| clean_clip" in text and "| clean_clip (pairs=some) - " not in text
+    assert any(line["encoder"].startswith("clean_clip (pairs=some) - ") for line in lines)
     assert "Repairs of victim_0, seed 0" in text and "| norm_only | 2,000 | 0 | 12 | 1 |" in text
     page = (out / "index.html").read_text()
     assert page.count('alt="Attack success rate and clean accuracy at') == 3
