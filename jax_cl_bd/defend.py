@@ -123,9 +123,9 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     cfg.control = False, nor by a defense that never looks at the victim (USES_VICTIM = False): the
     rival is then the control as it is. It is not defended twice where the victim is its own
     control. A victim from elsewhere has neither plan nor control, and there is no truth to score
-    by.
+    by. Of each, `seconds` are what the defense itself took, without what the benchmark measures
+    afterwards; None where it goes on with what an earlier process left.
     """
-    began = time.monotonic()
     defense = lookup.load("defenses", cfg.defense.name, offers="run")
     mesh = parallel.make_mesh(cfg.mesh)
     vetting, known = vets(cfg), knows_plan(cfg, victim)
@@ -155,8 +155,10 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
         if known and not (vetting and not len(plan)):
             truth = Truth(plan, cfg.attack.target, trigger, pools[label].poison, triggered)
         data = Given(clean, held_out, pools[label], arriving)
+        anew, began = not _begun(where), time.monotonic()
         outcome = defense.run(cfg, [suspect], data, truth, mesh, where, key)
-        row = {"verdict": outcome.verdict}
+        row = {"verdict": outcome.verdict,
+               "seconds": round(time.monotonic() - began, 1) if anew else None}
         if outcome.variables is not None:
             repaired = encoders.of_parts(outcome.cfg, outcome.variables, mesh,
                                          suspect.pair and suspect.pair.tokenizer)
@@ -174,10 +176,10 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, victim: epath.Path) 
     whole = run_folder.read_json(path) if path.exists() else {"defenses": {}}
     undefended = _undefended_control(cfg, folder, victim)
     for label, row in results.items():
-        probes = {k: v for k, v in row.items() if k not in ("verdict", "front")}
+        probes = {k: v for k, v in row.items() if k not in ("verdict", "seconds", "front")}
         rival = results.get("control", undefended) if label == "victim" else None
         evaluate.add_excess(probes, rival)
-    found = results["victim"] | {"seconds": round(time.monotonic() - began, 1)}
+    found = results["victim"]
     if "control" in results:
         found["control"] = results["control"]
     run_folder.write_json(out / "results.json", found)
@@ -191,6 +193,13 @@ def _suspects(cfg, victim, control, out, uses_victim) -> list[tuple]:
     if uses_victim and cfg.control and control not in (None, victim):
         found.append(("control", control, out / "control"))
     return found
+
+
+def _begun(where: epath.Path) -> bool:
+    """Whether a defense has left something in its folder: of the victim the control's is there
+    too."""
+    return where.exists() and any(place.is_dir() and place.name != "control"
+                                  for place in where.iterdir())
 
 
 def _undefended_control(cfg, folder: epath.Path, victim: epath.Path) -> dict | None:

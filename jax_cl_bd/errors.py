@@ -1,8 +1,9 @@
 """What the user got wrong, said in one line."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -20,6 +21,16 @@ def unknown(what: str, name: str, options: Iterable[str], *, meant: str = "") ->
     meant = meant or nearest(name, options)
     hint = f"; did you mean {meant!r}?" if meant else ""
     return UserError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(options)})")
+
+
+@contextlib.contextmanager
+def renamed(old: str, new: str) -> Iterator[None]:
+    """Says in an error's line `new` for `old`: the names by which the user knows the settings that
+    a part looks at under other names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(old, new)) from None
 
 
 def end(run: Callable[[list[str]], int | None], argv: list[str]) -> None:

@@ -29,7 +29,11 @@ class TrainState:
 
 
 class NonFinite(RuntimeError):
-    """The loss or the state stopped being a number."""
+    """The loss or the state stopped being a number: `what`, and what to do about it."""
+
+    def __init__(self, what: str, advice: str = ""):
+        super().__init__(what + advice)
+        self.what = what
 
 
 class Interrupted(SystemExit):
@@ -169,11 +173,10 @@ def fit(step_fn: Callable, state: TrainState, shardings, feed, *, folder: epath.
 
 def _save(manager, step, state, label, folder, saved, members) -> int:
     """Saves a state that is finite; gives its step."""
-    if not jax.device_get(_finite(state)):
+    if not jax.device_get(is_finite(state)):
         bad = [name for i, name in enumerate(members)
-               if not jax.device_get(_finite(jax.tree.map(lambda x, i=i: x[i], state)))]
-        raise NonFinite(_no_number(label, f"the state after step {step} is not finite", bad, folder,
-                                   saved))
+               if not jax.device_get(is_finite(jax.tree.map(lambda x, i=i: x[i], state)))]
+        raise _no_number(label, f"the state after step {step} is not finite", bad, folder, saved)
     checkpoint.save(manager, step, state)
     return step
 
@@ -208,22 +211,24 @@ def _read(unread: list, label: str, folder: epath.Path, saved: int,
             bad = [name for i, name in enumerate(members)
                    if not np.isfinite(np.atleast_1d(values[f"{i}/loss"])[at])]
             what = f"the loss of step {step - losses.size + 1 + at} is {losses[at]}"
-            raise NonFinite(_no_number(label, what, bad, folder, saved))
+            raise _no_number(label, what, bad, folder, saved)
     return {f"train/{k}": float(np.atleast_1d(v)[-1]) for k, v in fetched[-1].items()}
 
 
-def _no_number(label: str, what: str, bad: list[str], folder: epath.Path, saved: int) -> str:
+def _no_number(label: str, what: str, bad: list[str], folder: epath.Path,
+               saved: int) -> NonFinite:
     """`bad`: which of several models are meant."""
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     who = f", of {', '.join(bad[:3])}{more}" if bad else ""
-    return (f"{label}: {what}{who}; the last checkpoint in {folder / 'checkpoints'} is that of "
-            f"step {saved}. Lower optim.lr or add optim.warmup_steps"
-            f"{', or leave out what diverges,' if bad else ''} in a new --workdir; the same "
-            "command would repeat it")
+    return NonFinite(
+        f"{label}: {what}{who}",
+        f"; the last checkpoint in {folder / 'checkpoints'} is that of step {saved}. Lower "
+        f"optim.lr or add optim.warmup_steps{', or leave out what diverges,' if bad else ''} in a "
+        "new --workdir; the same command would repeat it")
 
 
 @jax.jit
-def _finite(state: TrainState) -> jax.Array:
+def is_finite(state: TrainState) -> jax.Array:
     """Whether weights, statistics and optimiser state are numbers: the loss of a step was computed
     before its update, so it cannot say."""
     leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))

@@ -20,12 +20,14 @@ from jax_cl_bd import optim, run_folder
 from jax_cl_bd.data import images
 from jax_cl_bd.defenses import _classifier
 from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.metrics import Progress
 from jax_cl_bd.models import build, parts
 from jax_cl_bd.train import born_sharded, fit
 
 NAMES = ("ground_truth", "classifier")
 _ERROR_SEED = 7933
 _BLOCK = 256  # images classified at once
+_AT_ONCE = 2048  # rows between two words of progress
 
 
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
@@ -53,6 +55,16 @@ def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
     if cfg.defense.oracle.name == "ground_truth":
         return _ground_truth(cfg, len(clean.classes))
     return _trained(cfg, clean, mesh, folder, key)
+
+
+def asked(ground, source, rows: np.ndarray, label: str) -> np.ndarray:
+    """ground(source, rows) of many rows, float32 [N, C], with a progress named by `label`."""
+    progress, seen = Progress(label, len(rows)), []
+    for start in range(0, max(len(rows), 1), _AT_ONCE):
+        seen.append(ground(source, rows[start:start + _AT_ONCE]))
+        progress.update(len(seen[-1]))
+    progress.close()
+    return np.concatenate(seen)
 
 
 def _ground_truth(cfg, classes: int):

@@ -43,12 +43,12 @@ class Trigger:
 
 def flagged(seen: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Labels whose share of candidates stands out, int [F]: at least FEWEST, and more than the
-    median over labels plus three times the median absolute deviation (scaled as a deviation)."""
-    looked = seen > 0
-    share = np.where(looked, found / np.maximum(seen, 1), 0.0)
-    middle = np.median(share[looked]) if looked.any() else 0.0
-    spread = 1.4826 * np.median(np.abs(share[looked] - middle)) if looked.any() else 0.0
-    if looked.sum() < 3:  # nothing to stand out from
+    median over labels plus three times the median absolute deviation (scaled as a deviation). A
+    label that no image was looked at for has none: a scan that ends early has seen few labels."""
+    share = found / np.maximum(seen, 1)
+    middle = np.median(share)
+    spread = 1.4826 * np.median(np.abs(share - middle))
+    if len(share) < 3:  # nothing to stand out from
         middle = spread = 0.0
     return np.flatnonzero((found >= FEWEST) & (share > middle + 3 * spread))
 

@@ -115,13 +115,14 @@ def victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict
     """Rows of the pool that carry a trigger -> the class that the oracle sees there, -1 for none.
 
     Such a pair names the trigger's label while the oracle does not see it, and either a picture of
-    the bank matches somewhere or Algorithm 1 fires with that label.
+    the bank matches somewhere or Algorithm 1 fires with that label, which is tried on the first
+    `curate.searched` of those without a match, in the order of the pool (which says nothing).
     """
     curate, scan = cfg.defense.curate, cfg.defense.scan
     every, found = pool.captions(np.arange(len(pool))), {}
     for trigger in triggers:
         rows = np.flatnonzero(mentions.naming(every, str(pool.classes[trigger.label])))
-        grounded = ground(pool, rows)
+        grounded = _oracle.asked(ground, pool, rows, f"ask the oracle on {label}")
         doubted = grounded[:, trigger.label] < scan.sure
         rows, grounded = rows[doubted], grounded[doubted]
         progress = Progress(f"search {label}", len(rows))

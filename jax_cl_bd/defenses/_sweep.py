@@ -6,11 +6,13 @@ at each of `defense.rates` and looked at after each of `defense.points` equal pa
 The defender quotes the strongest point, the largest rate and of it the latest, whose zero-shot
 accuracy on its own validation images is at most `defense.may_lose` below the suspect's, or, if none
 is, the point of highest accuracy; attack success plays no part. The benchmark measures all points
-(defend.py), for the front of clean accuracy against attack success.
+(defend.py), for the front of clean accuracy against attack success. A rate that diverges ends there
+and keeps the points before; the verdict names it.
 """
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +32,7 @@ from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import weights_file
 from jax_cl_bd.objectives import training
-from jax_cl_bd.train import TrainState, fit
+from jax_cl_bd.train import NonFinite, TrainState, fit, is_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,11 @@ def repair(cfg, suspect, pairs, validation, *, mesh, folder: epath.Path, key: ja
 def outcome_of(variables, own, points: list[Point], *, pairs: int) -> Outcome:
     """What a defense gives back of a sweep on so many pairs; its verdict is on the point chosen."""
     chosen = next(p for p in points if p.chosen)
+    reached = [p.rate for p in points]
     verdict = {"training_pairs": pairs,
                "gradient_steps": own.defense.steps * len(own.defense.rates),  # of all rates
+               "diverged": [rate for rate in own.defense.rates
+                            if reached.count(rate) < own.defense.points],
                "rate": chosen.rate, "step": chosen.step,
                "validation_accuracy": chosen.validation_accuracy,
                "validation_accuracy_of_suspect": chosen.suspect_accuracy}
@@ -142,6 +147,8 @@ def train(cfg, own, suspect, rows, *, first: Callable, make_step: Callable,
         accuracy: variables -> accuracy on the validation images; `before`: the suspect's.
     Returns:
         As `tune`.
+    Raises:
+        NonFinite: every rate diverged before its first point.
     """
     wanted = before - cfg.defense.may_lose
     every = cfg.defense.steps // cfg.defense.points
@@ -154,6 +161,9 @@ def train(cfg, own, suspect, rows, *, first: Callable, make_step: Callable,
 
         def look(state, place=place, rate=rate):
             variables = {"params": state.params, "batch_stats": state.batch_stats}
+            if not is_finite(state):
+                raise NonFinite(f"{label}, rate {rate:g}: the state after step "
+                                f"{int(state.step)} is not finite")
             found = accuracy(variables)
             path = place / "points" / f"{int(state.step)}.safetensors"
             save(path, variables, {"rate": rate, "step": int(state.step),
@@ -163,12 +173,22 @@ def train(cfg, own, suspect, rows, *, first: Callable, make_step: Callable,
         cfg_train = own.train.copy_and_resolve_references()
         cfg_train.eval_every = every
         run_folder.write_config(place, own)
-        fit(make_step(tx), jax.device_put(state, shardings), shardings, rows, folder=place,
-            steps=cfg.defense.steps, cfg_train=cfg_train, mesh=mesh,
-            label=f"{label}, rate {rate:g}", evaluate=look)
+        ended = place / "diverged.json"
+        try:
+            if not ended.exists():
+                fit(make_step(tx), jax.device_put(state, shardings), shardings, rows, folder=place,
+                    steps=cfg.defense.steps, cfg_train=cfg_train, mesh=mesh,
+                    label=f"{label}, rate {rate:g}", evaluate=look)
+        except NonFinite as error:
+            run_folder.write_json(ended, {"what": error.what})
+        if ended.exists():
+            print(f"{run_folder.read_json(ended)['what']}; this rate ends there", file=sys.stderr)
         paths = sorted((place / "points").glob("*.safetensors"), key=lambda p: int(p.stem))
         for path in paths[-cfg.defense.points:]:
             points.append(Point(**_facts(path), path=path))
+    if not points:
+        raise NonFinite(f"{label}: every rate of defense.rates={tuple(cfg.defense.rates)} diverged",
+                        "; lower them or raise defense.optim.warmup_steps")
     good = [i for i, p in enumerate(points) if p.validation_accuracy >= wanted]
     best = max(range(len(points)), key=lambda i: points[i].validation_accuracy)
     at = good[-1] if good else best  # ascending in rate and step, so the last is the strongest

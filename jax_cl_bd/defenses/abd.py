@@ -11,6 +11,7 @@ from etils import epath
 
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.errors import renamed
 from jax_cl_bd.objectives import abd
 
 NEEDS_LABELS = True  # of the validation images
@@ -25,7 +26,8 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """
     _sweep.check(cfg)
     _sweep.check_clip(cfg)
-    abd.heads(_sweep.described(_described(cfg)).objective)
+    with renamed("objective.", "defense."):
+        abd.heads(_sweep.described(_described(cfg)).objective)
     _sweep.check_batch(cfg, clean)
 
 

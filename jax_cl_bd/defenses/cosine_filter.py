@@ -2,9 +2,10 @@
 
 Yang, He, Li, Backes, Humbert, Berrang and Zhang: "Data Poisoning Attacks Against Multimodal
 Encoders", ICML 2023, arXiv 2209.15266, the first of its defenses: embed every pair with an
-independent image-text model, and drop those whose image and caption lie too far apart. The score
-of a row is its smallest cosine over its captions; the threshold keeps a share 1 - false_alarm of
-the defender's clean pairs (the paper picks it by eye from a few labelled ones).
+independent image-text model, and drop those whose image and caption lie too far apart. A row with
+several captions is judged by its first: a poison has one, and the least of several would be lower
+by their number alone. The threshold keeps a share 1 - false_alarm of the defender's clean pairs
+(the paper picks it by eye from a few labelled ones).
 
 The model is the suspect itself unless defense.scorer names another folder. The paper's is an
 independent one, and for a reason: the suspect has learned that its poisons belong together, so as
@@ -21,6 +22,7 @@ from jax_cl_bd.defenses import _detection
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
+from jax_cl_bd.models import start
 
 VERDICT_ONLY = True  # no model comes out
 NEEDS_POOL = True  # the rows that the suspect was trained on
@@ -34,29 +36,22 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if not scorer and cfg.text.name == "none":
         raise UserError("defense cosine_filter needs an image-text model, and text.name is 'none'; "
                         "name the folder of one in defense.scorer")
-    places = [epath.Path(scorer) / name for name in ("config.json", "model.safetensors")]
-    if scorer and not any(place.exists() for place in places):
-        raise UserError(f"defense.scorer={scorer!r} must be a run folder or a hub folder: it has "
-                        "neither config.json nor model.safetensors")
+    if scorer and start.described(scorer, "defense.scorer").get("text", {}).get(
+            "name", "none") == "none":
+        raise UserError(f"defense.scorer={scorer!r} is an encoder of images alone; cosine_filter "
+                        "needs an image-text model")
     if not hasattr(sources.load(cfg.data, "train"), "captions"):
         raise UserError("defense cosine_filter needs captions, and data set "
                         f"{cfg.data.name!r} has none")
 
 
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
-    """Says which pairs of the pool to drop; `truth` says how well, and changes nothing else.
-
-    Raises:
-        UserError: the model named by defense.scorer has no text tower.
-    """
+    """Says which pairs of the pool to drop; `truth` says how well, and changes nothing else."""
     del key
     d, pool = cfg.defense, data.pool
     model = encoders.load(d.scorer, mesh) if d.scorer else victims[0]
-    if model.text is None:
-        raise UserError(f"defense.scorer={d.scorer!r} is an encoder of images alone; cosine_filter "
-                        "needs an image-text model")
-    cosines = smallest_cosines(model, pool, "cosine filter: pool")
-    clean = smallest_cosines(model, data.clean, "cosine filter: clean pairs")
+    cosines = first_cosines(model, pool, "cosine filter: pool")
+    clean = first_cosines(model, data.clean, "cosine filter: clean pairs")
     found = _detection.judge(-cosines, -clean, d.false_alarm)
     verdict = {"model": "another" if d.scorer else "suspect", "rows": len(pool),
                "clean_rows": len(clean), "false_alarm": d.false_alarm,
@@ -75,9 +70,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     return Outcome(verdict, None, {"pictures": {"suspicious.png": caption}})
 
 
-def smallest_cosines(model, source, label: str) -> np.ndarray:
-    """The smallest cosine of each row's image and its captions, float32 [n], see `cosines`."""
-    return np.array([found.min() for found in cosines(model, source, label)], np.float32)
+def first_cosines(model, source, label: str) -> np.ndarray:
+    """The cosine of each row's image and its first caption, float32 [n], see `cosines`."""
+    return np.array([found[0] for found in cosines(model, source, label)], np.float32)
 
 
 def cosines(model, source, label: str) -> list[np.ndarray]:

@@ -12,9 +12,10 @@ over channels, the controller of lambda (1e-3 at first; times 5 after more than 
 that reach the cosine, divided by 5 after more than 5 that do not, within [lambda_min, 1e5]), Adam
 (0.5, 0.9) at 0.5. Where we differ: steps are counted, not epochs, and all are made; the rate falls
 to 0.1 and 0.05 at `milestones` (shares of the steps; the code: epochs 200 and 500 of 1,000); the
-images are the defender's clean ones; a mask that has reached lambda_min with success starts again
-from 1e-3 at once, not after 10 steps. The threshold 0.1 is not from the paper's text; calibrate it
-on clean encoders.
+images are the defender's clean ones; lambda stops at lambda_min, where the code goes one division
+below; there is no reset to 1e-3 after more than 10 successes down there, since more than 5 of them
+have raised lambda above it before. The threshold 0.1 is not from the paper's text; calibrate it on
+clean encoders.
 """
 
 import dataclasses
@@ -150,8 +151,8 @@ def _controller(lambda_min: float):
         down = jnp.where(alike, 0, state["down"] + 1)
         raise_, lower = up > PATIENCE, down > PATIENCE
         weight = jnp.where(raise_, jnp.minimum(state["lambda"] * FACTOR, LAMBDA_MOST),
-                           jnp.where(lower, state["lambda"] / FACTOR, state["lambda"]))
-        weight = jnp.where(weight < lambda_min, jnp.where(alike, LAMBDA_FIRST, lambda_min), weight)
+                           jnp.where(lower, jnp.maximum(state["lambda"] / FACTOR, lambda_min),
+                                     state["lambda"]))
         return {"lambda": weight, "up": jnp.where(raise_, 0, up),
                 "down": jnp.where(lower, 0, down),
                 "best": jnp.where(better, info["share"], state["best"]),

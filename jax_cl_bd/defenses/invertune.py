@@ -44,9 +44,9 @@ from sklearn.cluster import KMeans
 from jax_cl_bd.data import images, templates
 from jax_cl_bd.defenses import _invert, _pinpoint, _sweep, decree
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.errors import UserError, renamed, unknown
 from jax_cl_bd.evals import zero_shot
-from jax_cl_bd.models import activations, weights_file
+from jax_cl_bd.models import activations, start, weights_file
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import invertune
 
@@ -67,15 +67,17 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     d = cfg.defense
     _invert.check(d.probe, d.invert)
     _invert.corner(d.probe, cfg.data.image_size)
-    invertune.heads(_sweep.described(_described(cfg)).objective)
+    with renamed("objective.", "defense."):
+        invertune.heads(_sweep.described(_described(cfg)).objective)
     if d.layers < 1:
         raise UserError(f"defense.layers={d.layers} must be at least 1")
     if d.rise not in RISES:
         raise unknown("defense.rise", d.rise, RISES)
-    places = [epath.Path(d.surrogate) / name for name in ("config.json", "model.safetensors")]
-    if d.surrogate and not any(place.exists() for place in places):
-        raise UserError(f"defense.surrogate={d.surrogate!r} must be a run folder or a hub folder: "
-                        "it has neither config.json nor model.safetensors")
+    if d.surrogate:
+        side = start.described(d.surrogate, "defense.surrogate")["data"]["image_size"]
+        if side != cfg.data.image_size:
+            raise UserError(f"defense.surrogate={d.surrogate!r} takes images of {side} px, the "
+                            f"suspect of {cfg.data.image_size}")
     _sweep.check_batch(cfg, clean)
 
 
@@ -153,9 +155,6 @@ def _invert_once(cfg, suspect, clean, labels, validation, head, mesh, folder, ke
     rng = np.random.default_rng([cfg.seed, len(clean)])
     probe_key, trigger_key = jax.random.split(key)
     model = encoders.load(d.surrogate, mesh) if d.surrogate else suspect
-    if model.image_size != suspect.image_size:
-        raise UserError(f"defense.surrogate={d.surrogate!r} takes images of {model.image_size} px, "
-                        f"the suspect of {suspect.image_size}")
 
     def answers(x):
         return (suspect.project(suspect.image(x)) @ head.T).argmax(1)

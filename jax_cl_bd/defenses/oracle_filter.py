@@ -96,7 +96,8 @@ def filtered(settings, side: int, pool, rows: np.ndarray, ground, rng: np.random
         The pairs to train on, which rows did not stand (bool [N]), and counts "dropped" and
         "relabelled".
     """
-    texts, seen = [list(found) for found in pool.captions(rows)], ground(pool, rows)  # [N, C]
+    texts = [list(found) for found in pool.captions(rows)]
+    seen = _oracle.asked(ground, pool, rows, "ask the oracle")  # [N, C]
     named = np.stack([mentions.naming(texts, str(name)) for name in pool.classes], axis=1)
     caught = ~(named & (seen >= settings.sure)).any(1)
     relabelled = caught & (seen.max(1) > 0) & (settings.action == "relabel")

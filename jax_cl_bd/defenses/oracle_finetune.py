@@ -17,6 +17,7 @@ pairs of the pool).
 """
 
 import dataclasses
+import sys
 import time
 
 import jax
@@ -50,6 +51,9 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
         raise UserError(f"defense.preserve={cfg.defense.preserve} must be 0 (off) or more")
     if cfg.defense.preserve:
         _sweep.check_clip(cfg, f"defense.preserve={cfg.defense.preserve} (0 leaves it out)")
+    if not set(cfg.defense.curate.parts) - {"replay"}:
+        raise UserError(f"defense.curate.parts={tuple(cfg.defense.curate.parts)} must name a part "
+                        "beside 'replay', which has a number of pairs for each pair of the others")
     if clean < 2:
         raise UserError("defense oracle_finetune needs trusted images; raise "
                         f"defense.clean_fraction={cfg.defense.clean_fraction}")
@@ -58,10 +62,11 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
     """Finds and removes the backdoor of `victims[0]`; `truth` scores what was found, no more.
 
-    A suspect in which nothing is found is given back as it is.
+    A suspect in which nothing is found is given back as it is, and so is one whose compact set is
+    smaller than a batch (the verdict's `repaired`).
     """
-    suspect, pool, label = victims[0], data.pool, folder.name
-    label = "control" if label == "control" else "victim"
+    suspect, pool = victims[0], data.pool
+    label = "control" if folder.name == "control" else "victim"
     began, seconds = time.monotonic(), {}
 
     def lap(stage):
@@ -91,19 +96,22 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     # Rows of the set that was trained on, see data/poisoned.py: what there is to throw away.
     report = {"seconds": seconds, "victims": [int(pool.order[row]) for row in sorted(found)],
               "pictures": _search.draw(folder, pool, candidates, triggers, suspect.image_size)}
-    if not triggers:
+    pairs, parts = (), dict.fromkeys(_compact_set.PARTS, 0)
+    if triggers:
+        pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool,
+                                           data.clean, triggers, found, ground, rng)
+        lap("curate")
+        if len(pairs) < cfg.defense.batch_size:
+            print(f"{label}: the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
+                  f"{cfg.defense.batch_size}, so nothing is repaired; raise defense.curate."
+                  "per_label", file=sys.stderr)
+    verdict |= {"compact_set_pairs": len(pairs), "compact_set": parts,
+                "repaired": len(pairs) >= cfg.defense.batch_size}
+    if not verdict["repaired"]:
         own = _sweep.described(cfg)
         _sweep.keep(folder, own, suspect.pair.variables, 0, suspect)
-        verdict |= {"compact_set_pairs": 0, "compact_set": dict.fromkeys(_compact_set.PARTS, 0),
-                    "training_pairs": 0, "gradient_steps": 0}
+        verdict |= {"training_pairs": 0, "gradient_steps": _oracle.steps(cfg)}
         return Outcome(verdict, suspect.pair.variables, report, own)
-    pairs, parts = _compact_set.curate(cfg.defense.curate, cfg.data.image_size, pool, data.clean,
-                                       triggers, found, ground, rng)
-    lap("curate")
-    verdict |= {"compact_set_pairs": len(pairs), "compact_set": parts}
-    if len(pairs) < cfg.defense.batch_size:
-        raise UserError(f"the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
-                        f"{cfg.defense.batch_size}; raise defense.curate.per_label")
     own = cfg
     if cfg.defense.preserve:
         own = _sweep.with_loss(cfg, "preserve", preserve=cfg.defense.preserve,

@@ -34,7 +34,7 @@ from jax_cl_bd.data import feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses import _detection, _sweep, cosine_filter
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError, unknown
+from jax_cl_bd.errors import UserError, renamed, unknown
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training, unlearn_tokens
 from jax_cl_bd.train import fit
@@ -56,7 +56,8 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     _sweep.check(cfg)
     d = cfg.defense
     _sweep.check_clip(cfg)
-    unlearn_tokens.heads(_described(cfg, 0, ()).objective)
+    with renamed("objective.", "defense."):
+        unlearn_tokens.heads(_described(cfg, 0, ()).objective)
     for name, value in (("overfit.fraction", d.overfit.fraction),
                         ("clean_looking", d.clean_looking), ("bad_share", d.bad_share)):
         if not 0 < value < 1:
@@ -162,7 +163,5 @@ def _score(poisoned, bad):
 
 def _described(cfg, first_bad, special):
     d = cfg.defense
-    own = _sweep.with_loss(cfg, "unlearn_tokens", first_bad=first_bad, weight=d.weight,
-                           tokens=d.tokens, floor=d.floor, ascend=d.ascend, special=special)
-    own.objective.in_modality = float(d.in_modality)
-    return own
+    return _sweep.with_loss(cfg, "unlearn_tokens", first_bad=first_bad, weight=d.weight,
+                            tokens=d.tokens, floor=d.floor, ascend=d.ascend, special=special)

@@ -39,7 +39,7 @@ from jax_cl_bd.defenses import (
 )
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, renamed
 
 VETS = True
 VERDICT_ONLY = True
@@ -65,13 +65,17 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     if known < 1 / d.false_alarm - 1e-9:
         raise UserError(f"defense.false_alarm={d.false_alarm} needs {1 / d.false_alarm:.0f} clean "
                         f"rows and more, and {where(cfg)} has {known}; raise it")
-    density.check(_vetting.part(cfg, "density", clean_fraction=1.0, false_alarm=d.false_alarm),
-                  clean)
+    if clean < 2:
+        raise UserError(f"split {cfg.data.train_split!r} of {cfg.data.name!r} has {clean} rows, "
+                        "too few to judge")
+    with renamed("defense.", "defense.density."):
+        density.check(_density_settings(cfg), clean)
     if d.scorer:
         cosine_filter.check(_cosine_settings(cfg), known)
     if d.search.batch_size < 1:
         raise UserError(f"defense.search.batch_size={d.search.batch_size} must be at least 1")
-    _search.check(_search_settings(cfg), max(known, d.search.batch_size))
+    with renamed("defense.", "defense.search."):
+        _search.check(_search_settings(cfg), max(known, d.search.batch_size))
 
 
 def clean_rows(cfg: ml_collections.ConfigDict):

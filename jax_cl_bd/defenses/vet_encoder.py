@@ -32,7 +32,7 @@ from jax_cl_bd.data import captions, sources, templates
 from jax_cl_bd.defenses import _find_trigger, _oracle, _regions, _search, _vetting, decree
 from jax_cl_bd.defenses.given import Given
 from jax_cl_bd.defenses.outcome import Outcome
-from jax_cl_bd.errors import UserError
+from jax_cl_bd.errors import UserError, renamed
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import start
@@ -58,11 +58,13 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
                         "--config.victim=FOLDER, of a run or with model.safetensors")
     if not 0 < d.false_alarm < 1:
         raise UserError(f"defense.false_alarm={d.false_alarm} must lie in (0, 1)")
-    decree.check(_vetting.part(cfg, "decree"), clean)
+    with renamed("defense.", "defense.decree."):
+        decree.check(_vetting.part(cfg, "decree"), clean)
     if d.scan.oracle.name != "ground_truth":
         raise UserError(f"defense.scan.oracle.name={d.scan.oracle.name!r} must be 'ground_truth': "
                         "the labels of the images are the oracle here")
-    _search.check(_vetting.part(cfg, "scan"), clean)
+    with renamed("defense.", "defense.scan."):
+        _search.check(_vetting.part(cfg, "scan"), clean)
     seen = {}
     for path in (cfg.victim, *d.clean_encoders):
         if path != cfg.victim:
@@ -85,7 +87,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     clean = [start.open_victim(cfg, epath.Path(path), mesh) for path in d.clean_encoders]
     marked = {start.fingerprint(encoder): encoder for encoder in clean}
     findings, not_checked, pictures = [], list(NEVER), {}
-    facts = {"seed": cfg.seed, "images": _digest(data.clean), "side": suspect.image_size}
+    facts = {"seed": cfg.seed, "images": _digest(data.clean), "side": suspect.image_size,
+             "classes": [str(name) for name in data.clean.classes]}
     for name, refusal, detect in DETECTORS:
         if why := refusal(suspect, data.clean):
             not_checked.append(f"{name}: {why}")
@@ -93,7 +96,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         about = facts | {"settings": d[name].to_dict()}
 
         def found_in(encoder, mark, place):
-            return _vetting.kept(place / name, about | {"weights": mark}, lambda: detect(
+            made_of = about | {"weights": mark, "tokenizer": _tokenizer(encoder)}
+            return _vetting.kept(place / name, made_of, lambda: detect(
                 cfg, encoder, data.clean, mesh, place / name, key))
 
         found = found_in(suspect, start.fingerprint(suspect), folder)
@@ -197,11 +201,20 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
             "pictures": _search.draw(folder, pool, candidates, triggers, side)}
 
 
+def _tokenizer(encoder) -> str:
+    """A digest of how an encoder reads words; "" of one that reads none."""
+    words = encoder.pair and encoder.pair.tokenizer
+    return hashlib.sha256(words.to_json().encode()).hexdigest() if words else ""
+
+
 def _digest(source) -> str:
-    """Of the labels and sizes of all rows, and of the pixels of a few spread over them."""
+    """Of the labels, sizes and captions of all rows, and of the pixels of a few spread over
+    them."""
     digest = hashlib.sha256()
     for part in source.table(np.arange(len(source))):
         digest.update(np.asarray(part, np.int64).tobytes())
+    if hasattr(source, "captions"):
+        digest.update(repr([list(own) for own in source.captions(np.arange(len(source)))]).encode())
     for row in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
         digest.update(np.ascontiguousarray(source[int(row)]["image"]).tobytes())
     return digest.hexdigest()

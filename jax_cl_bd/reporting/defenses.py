@@ -17,7 +17,7 @@ def section(run: Run, pictures: list[Picture]) -> str:
         parts.append(f"<h3>{html.text(name)}</h3>")
         known = [(k.replace("_", " "), f"{v:.4g}" if isinstance(v, float) else v)
                  for k, v in flat(found.get("verdict", {}))]
-        if "seconds" in found:
+        if found.get("seconds") is not None:
             known.append(("seconds", f"{found['seconds']:,.0f}"))
         parts.append(html.pairs(known))
         shown = [Picture(f"{name}_{stem}", png, caption, caption)

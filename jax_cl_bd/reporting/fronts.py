@@ -42,8 +42,8 @@ class Repair:
 
     points: {"clean_accuracy", "attack_success_rate", "chosen"} each; a repair without a sweep has
     one. start: the same two figures of the suspect, or None. pairs: how many were trained on;
-    steps: gradient steps over all rates; seconds: of the whole stage, with the control's repair and
-    all measurements. None where a run does not say.
+    steps: gradient steps over all rates; seconds: of the defense on the victim, without what the
+    benchmark measures. None where a run does not say.
     """
     victim: str
     seed: int

@@ -92,6 +92,7 @@ def section(run: Run, pictures: list[html.Picture]) -> str:
         shown = [html.Picture(f"{name}_{stem}", png, caption, caption)
                  for stem, (png, caption) in run.shown.get(name, {}).items()]
         pictures.extend(shown)
-        parts += [f"<h3>{html.text(name)}</h3>", *verdict_parts(row), html.figures(shown),
-                  html.paragraph(f"{row['seconds']:,.0f} seconds.", "note")]
+        parts += [f"<h3>{html.text(name)}</h3>", *verdict_parts(row), html.figures(shown)]
+        if row.get("seconds") is not None:
+            parts.append(html.paragraph(f"{row['seconds']:,.0f} seconds.", "note"))
     return html.section("Vetting", *parts) if parts else ""

@@ -43,7 +43,7 @@ def test_sees_adversarial_views_and_the_truth_changes_nothing(cfg, tmp_path):
 
 def test_other_models_and_bad_settings_are_refused(cfg):
     abd.check(cfg, 40)
-    for changes, says in (({"budget": 2.0}, "budget"), ({"pgd_steps": 0}, "pgd_steps"),
+    for changes, says in (({"budget": 2.0}, r"defense\.budget"), ({"pgd_steps": 0}, "pgd_steps"),
                           ({"in_modality": 0.0}, "in_modality")):
         mine = ConfigDict(cfg.to_dict())
         mine.defense.update(changes)

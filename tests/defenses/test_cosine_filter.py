@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import clip_scenes
-from jax_cl_bd import defend, parallel, poison
+from configs import clip_scenes, quickstart
+from jax_cl_bd import defend, parallel, poison, run_folder
 from jax_cl_bd.data import mentions, sources, texts
 from jax_cl_bd.data.pool import Pool
 from jax_cl_bd.defenses import cosine_filter
@@ -62,7 +62,7 @@ def run(cfg, model, given, truth, folder):
                              epath.Path(folder), jax.random.key(0))
 
 
-def test_the_score_is_the_smallest_cosine_of_a_row():
+def test_the_score_is_the_cosine_of_a_row_and_its_first_caption():
     rng = np.random.default_rng(0)
     vectors = {text: v / np.linalg.norm(v) for text, v in zip("abc", rng.normal(size=(3, 3)))}
     captions = [["a"], ["b", "c"], ["c", "a", "b"], ["a"]]
@@ -74,10 +74,8 @@ def test_the_score_is_the_smallest_cosine_of_a_row():
     source = [{"image": x, "captions": own} for x, own in zip(shown, captions)]
     expected = []
     for x, own in zip(shown.reshape(4, 3) - 100.0, captions):
-        cosines = [sum(a * b for a, b in zip(x, vectors[text])) / np.sqrt(sum(x * x))
-                   for text in own]
-        expected.append(min(cosines))
-    np.testing.assert_allclose(cosine_filter.smallest_cosines(model, source, ""), expected,
+        expected.append(sum(a * b for a, b in zip(x, vectors[own[0]])) / np.sqrt(sum(x * x)))
+    np.testing.assert_allclose(cosine_filter.first_cosines(model, source, ""), expected,
                                rtol=1e-6)
 
 
@@ -116,22 +114,22 @@ def test_the_suspect_itself_and_no_truth(cfg, made, tmp_path):
 
 def test_another_scorer(cfg, made, tmp_path, monkeypatch):
     source, _, given = made
-    (tmp_path / "config.json").write_text("{}")
     mine = ConfigDict(cfg.to_dict())
     mine.defense.scorer = str(tmp_path)
+    run_folder.write_config(epath.Path(tmp_path), cfg)
     cosine_filter.check(mine, 50)
     model = independent(source)
     monkeypatch.setattr(cosine_filter.encoders, "load", lambda path, mesh: model)
     verdict = run(mine, None, given, None, tmp_path / "out").verdict
     assert verdict["model"] == "another" and verdict["dropped"] == 8
-    model.text = None
-    with pytest.raises(UserError, match="images alone"):
-        run(mine, None, given, None, tmp_path / "out")
+    run_folder.write_config(epath.Path(tmp_path), quickstart.get_config("debug"))
+    with pytest.raises(UserError, match="scorer=.* is an encoder of images alone"):
+        cosine_filter.check(mine, 50)
 
 
 def test_bad_settings_are_refused(cfg, tmp_path):
     for changes, says in (({"defense.false_alarm": 1.5}, "false_alarm=1.5"),
-                          ({"defense.scorer": str(tmp_path)}, "neither config.json"),
+                          ({"defense.scorer": str(tmp_path)}, "neither a run folder"),
                           ({"text.name": "none"}, "image-text model"),
                           ({"data.name": "digits", "data.scenes_train": 0}, "no captions|none")):
         mine = ConfigDict(cfg.to_dict())

@@ -81,6 +81,18 @@ def test_the_controller_counts_and_keeps_the_smallest_mask():
     np.testing.assert_allclose(state["mask"], 0.5)
 
 
+def test_lambda_stops_at_its_least_and_rises_from_there():
+    update = decree._controller(1e-4)
+    state = decree._first_state(2)
+    raw = {"mask": jnp.zeros((2, 2, 1)), "pattern": jnp.zeros((2, 2, 3))}
+    seen = []
+    for cosine in [0.5] * 30 + [0.995] * 12:
+        state = update(state, raw, {"cosine": jnp.float32(cosine), "share": jnp.float32(0.5)})
+        seen.append(float(state["lambda"]))
+    np.testing.assert_allclose(seen, [1e-3] * 5 + [2e-4] * 6 + [1e-4] * 24 + [5e-4] * 6 + [2.5e-3],
+                               rtol=1e-5)
+
+
 def test_the_loss_is_that_of_numpy(cfg):
     model = suspect(5.0)
     rng = np.random.default_rng(1)

@@ -1,5 +1,6 @@
 """Distillation: its loss against NumPy, its queues, and that it never looks at the truth."""
 
+import ast
 import json
 import re
 
@@ -90,6 +91,18 @@ def test_every_defense_is_held_to_the_truth_test(name):
     own = epath.Path(__file__).parent / f"test_{'distill' if name == 'retrain' else name}.py"
     text = own.read_text()
     assert re.search(r"truth\(\)|Truth\(", text) and re.search(r"\.verdict\b", text)
+
+
+def test_no_defense_reads_the_truth_from_elsewhere():
+    """The pool knows which rows are poisons and by what plan, and the config what the attack was;
+    a run without a `truth` has both all the same."""
+    for path in sorted(epath.Path(defend.__file__).parent.glob("defenses/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("attack", "plan", "poison"):
+                assert isinstance(node.value, ast.Name) and node.value.id == "truth", (
+                    path.name, node.lineno)
+            named = node.value if isinstance(node, ast.Constant) else None
+            assert named not in ("attack", "plan", "poison"), (path.name, node.lineno)
 
 
 @pytest.mark.parametrize("method", [distill, pytest.param(retrain, marks=pytest.mark.slow)])

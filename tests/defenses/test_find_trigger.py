@@ -161,3 +161,8 @@ def test_flagged_needs_a_share_that_stands_out():
     assert _pinpoint.flagged(seen, np.array([6, 7, 6, 7, 7])).tolist() == []
     assert _pinpoint.flagged(seen, np.array([0, 0, 0, 0, 4])).tolist() == []  # under FEWEST
     assert _pinpoint.flagged(np.zeros(5, int), np.zeros(5, int)).tolist() == []
+    # A scan that had its candidates at once: of most labels no image was looked at.
+    seen, found = np.zeros((2, 12), int)
+    seen[:4], found[:4] = (1, 1, 3, 25), (0, 0, 1, 20)
+    assert _pinpoint.flagged(seen, found).tolist() == [3]
+    assert _pinpoint.flagged(np.array([9, 0]), np.array([9, 0])).tolist() == [0]

@@ -185,7 +185,7 @@ def test_the_box_of_a_mask():
 def test_bad_settings_are_refused(cfg, tmp_path):
     invertune.check(cfg, 40)
     for changes, says in (({"layers": 0}, "layers"), ({"rise": "highest"}, "rise"),
-                          ({"align": -1.0}, "align"), ({"norm": "both"}, "norm"),
+                          ({"align": -1.0}, r"defense\.align"), ({"norm": "both"}, "norm"),
                           ({"surrogate": str(tmp_path)}, "surrogate"),
                           ({"in_modality": 1.0}, "in_modality"),
                           ({"probe.share": 0.0}, "share"), ({"probe.margin": 0.9}, "margin"),

@@ -115,6 +115,24 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, same.variables, known.variables)
 
 
+def test_a_set_below_one_batch_repairs_nothing_and_keeps_what_was_found(
+        cfg, made, tmp_path, monkeypatch, capsys):
+    source, _, _, trigger = made
+    monkeypatch.setattr(oracle_finetune._find_trigger, "suspect_of",
+                        lambda *_: closed_form(cfg, source, trigger))
+    mine = ConfigDict(cfg.to_dict())
+    mine.defense.curate.update(parts=("relabel",), per_label=1)
+    oracle_finetune.check(mine, 100)
+    victim, found = repaired(mine, made, tmp_path, None)
+    verdict = found.verdict
+    assert verdict["backdoor_found"] and verdict["target_class"] == "star"
+    assert 0 < verdict["compact_set_pairs"] < mine.defense.batch_size
+    assert not verdict["repaired"] and verdict["training_pairs"] == 0
+    assert "raise defense.curate.per_label" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, found.variables, victim.pair.variables)
+    assert jax_cl_bd.load_encoder(tmp_path).image_size == 32
+
+
 def test_a_weak_backdoor_is_known_by_the_patch_that_recurs(cfg, made):
     source, plan, given, trigger = made
     patch = np.rint(trigger[1]["image"] * 255).astype(np.uint8)
@@ -263,7 +281,9 @@ def test_bad_settings_are_refused(cfg):
     for changes, says in (
             ({"oracle.name": "nobody"}, "nobody"), ({"oracle.error": 1.0}, "error"),
             ({"scan.evidence": "guess"}, "guess"), ({"scan.limit": 0}, "limit"),
-            ({"curate.parts": ("cleen",)}, "clean"), ({"curate.rho": 0.0}, "rho"),
+            ({"curate.parts": ("cleen",)}, "clean"),
+            ({"curate.parts": ("replay",)}, "beside 'replay'"), ({"curate.parts": ()}, "beside"),
+            ({"curate.rho": 0.0}, "rho"),
             ({"curate.rho_recurring": 0.0}, "rho_recurring"),
             ({"curate.flips": 0}, "flips=0"),
             ({"preserve": -1.0}, "preserve=-1"), ({"rates": ()}, "rates"),

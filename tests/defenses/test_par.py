@@ -44,7 +44,7 @@ def test_other_models_are_refused(cfg):
         par.check(mine, 40)
     mine = ConfigDict(cfg.to_dict())
     mine.defense.tau = 9.0
-    with pytest.raises(UserError, match="tau"):
+    with pytest.raises(UserError, match=r"defense\.tau = 9"):
         par.check(mine, 40)
     with pytest.raises(UserError, match="one batch"):
         par.check(cfg, 8)

@@ -18,7 +18,7 @@ from jax_cl_bd import checkpoint, parallel, run_folder
 from jax_cl_bd.defenses import _sweep
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import weights_file
-from jax_cl_bd.train import TrainState
+from jax_cl_bd.train import NonFinite, TrainState
 from tests import toy_loop
 
 
@@ -69,13 +69,13 @@ class Stop(Exception):
     """In place of a kill."""
 
 
-def swept(folder, stop=lambda what: None):
+def swept(folder, stop=lambda what: None, rates=(0.01, 0.1)):
     """_sweep.train at two rates, four steps each, with a model that compiles at once; `stop` is
     told of every batch and of every look, and may raise."""
     cfg = clip_scenes.get_config("debug,defense=clean_clip")
     cfg.train.save_every = 1
     cfg.mesh.data = 1
-    cfg.defense.update(rates=(0.01, 0.1), steps=4, points=2)
+    cfg.defense.update(rates=rates, steps=4, points=2)
     cfg.defense.optim.update(warmup_steps=0, schedule="constant")
 
     def first(tx):
@@ -162,3 +162,24 @@ def test_stopped_at_the_second_rate_it_goes_on_to_the_same_bits(
     before = len(told)
     same(swept(tmp_path, stop), found, (tmp_path, undisturbed[0]))
     assert len(told) == before  # a finished one is only read
+
+
+def test_a_rate_that_diverges_ends_there_and_the_others_stand(tmp_path, capsys, undisturbed):
+    """The second rate's weights overflow in its third step, after its first point."""
+    told = []
+    found = swept(tmp_path, told.append, rates=(0.01, 1e13))
+    assert "rate 1e+13: the loss of step 3 is inf; this rate ends" in capsys.readouterr().err
+    points, own = found[2], found[1]
+    assert [(p.rate, p.step) for p in points] == [(0.01, 2), (0.01, 4), (1e13, 2)]
+    assert [p.row() for p in points[:2]] == [
+        {**p.row(), "chosen": i == 1} for i, p in enumerate(undisturbed[1][2][:2])]
+    verdict = _sweep.outcome_of(found[0], own, points, pairs=1).verdict
+    assert verdict["diverged"] == [1e13] and verdict["rate"] == 0.01
+    before = len(told)
+    again = swept(tmp_path, told.append, rates=(0.01, 1e13))  # it is not tried anew
+    assert len(told) == before and [p.row() for p in again[2]] == [p.row() for p in points]
+
+
+def test_where_every_rate_diverges_it_says_which_settings_to_change(tmp_path):
+    with pytest.raises(NonFinite, match=r"test: every rate of defense.rates=\(1e\+20,.*lower them"):
+        swept(tmp_path, rates=(1e20, 1e21))

@@ -94,7 +94,7 @@ def test_bad_settings_are_refused(cfg):
     ubt.check(cfg, 0)
     for changes, says in (({"suspects": 1}, "suspects=1"), ({"suspects": 31}, "suspects=31"),
                           ({"clean_looking": 1.0}, "clean_looking"), ({"bad_share": 0.0}, "share"),
-                          ({"tokens": 0}, "tokens"), ({"floor": "zero"}, "floor"),
+                          ({"tokens": 0}, r"defense\.tokens"), ({"floor": "zero"}, "floor"),
                           ({"ascend": "all"}, "ascend"), ({"in_modality": 1.0}, "in_modality"),
                           ({"points": 3}, "points")):
         mine = ConfigDict(cfg.to_dict())

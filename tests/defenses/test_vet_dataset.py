@@ -116,8 +116,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
                           ({"defense.clean_data": "scenes", "defense.clean_split": "train"},
                            "are the rows to be judged"),
                           ({"defense.clean_data": "folder:/no/such"}, "/no/such"),
-                          ({"defense.scorer": str(tmp_path)}, "neither config.json"),
-                          ({"defense.density.k": 1}, "defense.k=1"),
+                          ({"defense.scorer": str(tmp_path)}, "neither a run folder"),
+                          ({"defense.density.k": 1}, "defense.density.k=1"),
                           ({"defense.search.batch_size": 0}, "search.batch_size=0"),
                           ({"defense.search.oracle.name": "clasifier"}, "clasifier"),
                           ({"data.name": "digits"}, "needs captions")):
