@@ -92,7 +92,7 @@ def check(cfg: ml_collections.ConfigDict, source) -> None:
         _check_victim(cfg, defense, source)
     if not 0 < cfg.defense.clean_fraction <= 1:
         raise UserError(f"defense.clean_fraction={cfg.defense.clean_fraction} must lie in (0, 1]")
-    labelled = (source.table(np.arange(len(source)))[0] >= 0).any()
+    labelled = (sources.labels(source) >= 0).any()
     if getattr(defense, "NEEDS_LABELS", False) and not labelled:
         raise UserError(f"defense {cfg.defense.name} needs labelled images, and data set "
                         f"{cfg.data.name!r} has none")

@@ -83,6 +83,14 @@ def test_image(image: np.ndarray, side: int) -> np.ndarray:
     return image[top:top + side, left:left + side]
 
 
+def test_images(source, rows, side: int) -> np.ndarray:
+    """The images of some rows of a source as they are measured: uint8 [N, side, side, 3]."""
+    found = np.zeros((len(rows), side, side, 3), np.uint8)
+    for i, row in enumerate(rows):
+        found[i] = test_image(source[int(row)]["image"], side)
+    return found
+
+
 def central_square(image: np.ndarray, side: int) -> np.ndarray:
     """Cuts out the central square and resizes it (antialiased bicubic) to side x side.
 

@@ -192,6 +192,11 @@ def without_corrupt(source):
     return source if good.all() else Subset(source, np.flatnonzero(good))
 
 
+def labels(source) -> np.ndarray:
+    """The label of every row, int64 [n], -1 where there is none."""
+    return np.asarray(source.table(np.arange(len(source)))[0], np.int64)
+
+
 @functools.lru_cache(maxsize=4)  # captions of 100,000 scenes take seconds
 def table(source) -> Table:
     """What is known of every row, decoding no pixels where the source can say without.

@@ -28,7 +28,7 @@ def check_batch(cfg, clean: int) -> None:
 
 def labelled(cfg, source):
     """The rows of a source that have a label; UserError if they are fewer than one batch."""
-    labels = np.asarray(source.table(np.arange(len(source)))[0])
+    labels = sources.labels(source)
     check_batch(cfg, int((labels >= 0).sum()))
     return source if (labels >= 0).all() else sources.Subset(source, np.flatnonzero(labels >= 0))
 
@@ -74,8 +74,7 @@ class Feed:
 
     def __init__(self, cfg, source):
         inner = feed.make(cfg, PoisonedSet(source))
-        labels = np.asarray(source.table(np.arange(len(source)))[0], np.int32)
-        self.data = {**inner.data, "labels": labels}
+        self.data = {**inner.data, "labels": np.int32(sources.labels(source))}
         self.batches = inner.batches
 
 

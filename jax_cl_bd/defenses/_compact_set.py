@@ -15,7 +15,7 @@ import dataclasses
 
 import numpy as np
 
-from jax_cl_bd.data import images, mentions, templates
+from jax_cl_bd.data import images, mentions, sources, templates
 from jax_cl_bd.defenses import _pinpoint
 
 PARTS = ("clean", "replay", "relabel", "transplant")
@@ -79,7 +79,7 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
             name = str(pool.classes[victims[int(row)]])
             add("relabel", pool[int(row)]["image"], [templates.fill(prompt, name)])
     if "transplant" in settings.parts:
-        labels = np.asarray(clean.table(np.arange(len(clean)))[0])
+        labels = sources.labels(clean)
         for trigger in triggers:
             for label in affected:
                 rows = rng.permutation(np.flatnonzero(labels == label))[:settings.per_label]

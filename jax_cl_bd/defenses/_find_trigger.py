@@ -177,7 +177,7 @@ def canvases_of(source, labels: np.ndarray, side: int) -> tuple[np.ndarray, np.n
     labels int [K]."""
     classes = np.unique(labels[labels >= 0])[:_CANVASES + 1]
     rows = [np.flatnonzero(labels == c)[0] for c in classes]
-    return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows]), classes
+    return images.test_images(source, rows, side), classes
 
 
 def _mean(x):

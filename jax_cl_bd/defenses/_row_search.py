@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from jax_cl_bd.data import sources, templates
+from jax_cl_bd.data import images, sources, templates
 from jax_cl_bd.defenses import _detection, _find_trigger, _oracle, _pinpoint, _regions, _search
 from jax_cl_bd.defenses import oracle_finetune as repair
 from jax_cl_bd.defenses.outcome import Outcome
@@ -34,7 +34,7 @@ def refusal(cfg, suspect, pool, clean) -> str:
         return "the rows have no captions"
     if tuple(clean.classes) != tuple(pool.classes) or len(pool.classes) < 3:
         return "it needs known clean rows of the same three classes or more"
-    known = int((_labels(clean) >= 0).sum())
+    known = int((sources.labels(clean) >= 0).sum())
     if known < max(cfg.defense.batch_size, 2):
         return (f"its oracle needs defense.search.batch_size={cfg.defense.batch_size} known clean "
                 f"rows with labels, and there are {known}")
@@ -44,7 +44,7 @@ def refusal(cfg, suspect, pool, clean) -> str:
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
     """Says which rows of the pool carry a trigger; `truth` says how right that is, and no more."""
     suspect, pool, curate = victims[0], data.pool, cfg.defense.curate
-    clean = sources.Subset(data.clean, np.flatnonzero(_labels(data.clean) >= 0))
+    clean = sources.Subset(data.clean, np.flatnonzero(sources.labels(data.clean) >= 0))
     split = np.random.default_rng([cfg.seed, len(clean)]).permutation(len(clean))
     count = min(curate.flips * len(pool.classes), len(clean) // 2)
     tried, untouched = (sources.Subset(clean, part) for part in (split[:count], split[count:]))
@@ -95,12 +95,8 @@ def _likeness(triggers, source, rows, side) -> np.ndarray:
     progress = Progress("compare rows with the trigger", len(rows))
     for start in range(0, len(rows), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        shown = _search.pictures(source, rows[part], side)
+        shown = images.test_images(source, rows[part], side)
         best[part] = np.max([_pinpoint.matches(one, shown) for one in triggers], axis=0)
         progress.update(len(shown))
     progress.close()
     return best
-
-
-def _labels(source):
-    return np.asarray(source.table(np.arange(len(source)))[0])

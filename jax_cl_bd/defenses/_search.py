@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jax_cl_bd.data import images, mentions
+from jax_cl_bd.data import images, mentions, sources
 from jax_cl_bd.defenses import (
     _compact_set,
     _find_trigger,
@@ -63,7 +63,7 @@ def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):
     p, grounded = [], []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start:start + _AT_ONCE]
-        p.append(suspect.probabilities(pictures(pool, part, suspect.side)))
+        p.append(suspect.probabilities(images.test_images(pool, part, suspect.side)))
         grounded.append(ground(pool, part))
         progress.update(len(part))
     p, grounded = np.concatenate(p), np.concatenate(grounded)
@@ -89,15 +89,16 @@ def verified(cfg, suspect, pool, candidates, counts, clean, rng):
     its place where it moves more than twice as many: then what recurs is a part of the trigger.
     """
     curate = cfg.defense.curate
-    labels = np.asarray(clean.table(np.arange(len(clean)))[0])
+    labels = sources.labels(clean)
     rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:curate.flips]
                            for c in range(len(clean.classes))]).astype(int)
-    shown, triggers = pictures(clean, rows, suspect.side), []
+    shown, triggers = images.test_images(clean, rows, suspect.side), []
     for label in _pinpoint.flagged(counts["seen"], counts["found"]):
         own = [c for c in candidates if c.label == label]
         tries = [(_pinpoint.bank_of(own), own, curate.rho, 1)]
         if curate.rho_recurring <= 1:
-            again = _recurring.find(own, pictures(pool, [c.row for c in own], suspect.side), shown)
+            theirs = images.test_images(pool, [c.row for c in own], suspect.side)
+            again = _recurring.find(own, theirs, shown)
             if again:
                 tries.append(([again.pixels], again.where, curate.rho_recurring, 2))
         passed = []
@@ -129,7 +130,7 @@ def victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict
         doubtful = []
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start:start + _AT_ONCE]
-            like = _pinpoint.matches(trigger, pictures(pool, part, suspect.side))
+            like = _pinpoint.matches(trigger, images.test_images(pool, part, suspect.side))
             for i, row in enumerate(part):
                 if like[i] >= curate.correlation:
                     found[int(row)] = _seen_in(grounded[start + i])
@@ -138,7 +139,7 @@ def victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict
             progress.update(len(part))
         canvases = _canvases(clean, suspect.side)
         for i, row in doubtful[:curate.searched]:
-            image = pictures(pool, [row], suspect.side)[0]
+            image = images.test_images(pool, [row], suspect.side)[0]
             if _find_trigger.in_image(suspect, image, np.array([trigger.label]), grounded[i],
                                       canvases, sure=scan.sure, confident=scan.confident,
                                       evidence=scan.evidence,
@@ -154,13 +155,7 @@ def _seen_in(grounded):
 
 
 def _canvases(clean, side):
-    return _find_trigger.canvases_of(clean, np.asarray(clean.table(np.arange(len(clean)))[0]), side)
-
-
-def pictures(source, rows, side):
-    if not len(rows):
-        return np.zeros((0, side, side, 3), np.uint8)
-    return np.stack([images.test_image(source[int(r)]["image"], side) for r in rows])
+    return _find_trigger.canvases_of(clean, sources.labels(clean), side)
 
 
 def draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
@@ -172,7 +167,7 @@ def draw(folder, pool, candidates, triggers, side) -> dict[str, str]:
     if shown:
         tiles = []
         for c in shown:
-            image = np.asarray(Image.fromarray(pictures(pool, [c.row], side)[0]).resize(
+            image = np.asarray(Image.fromarray(images.test_images(pool, [c.row], side)[0]).resize(
                 (side * 4, side * 4), Image.Resampling.NEAREST)).copy()
             y, x, h, w = (4 * v for v in c.box)
             for line in (np.s_[y:y + h, x], np.s_[y:y + h, x + w - 1], np.s_[y, x:x + w],

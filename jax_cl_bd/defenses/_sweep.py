@@ -24,7 +24,7 @@ from etils import epath
 from flax import traverse_util
 
 from jax_cl_bd import checkpoint, lookup, optim, parallel, run_folder
-from jax_cl_bd.data import feed, images, templates, texts
+from jax_cl_bd.data import feed, images, sources, templates, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses.outcome import Outcome
 from jax_cl_bd.errors import UserError
@@ -297,14 +297,12 @@ def validation_images(cfg, validation) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: none has a label.
     """
-    labels = np.asarray(validation.table(np.arange(len(validation)))[0])
+    labels = sources.labels(validation)
     if not (labels >= 0).any():
         raise UserError(f"defense {cfg.defense.name} chooses its settings on labelled images, and "
                         f"data set {cfg.data.name!r} has none")
     rows = np.flatnonzero(labels >= 0)
-    x = np.stack([images.test_image(validation[int(r)]["image"], cfg.data.image_size)
-                  for r in rows])
-    return x, labels[rows]
+    return images.test_images(validation, rows, cfg.data.image_size), labels[rows]
 
 
 def zero_shot_accuracy(encoder, x, labels, classes) -> float:

@@ -10,7 +10,7 @@ import ml_collections
 from etils import epath
 
 from jax_cl_bd.defenses import _sweep
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import renamed
 from jax_cl_bd.objectives import abd
 
@@ -38,7 +38,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         The verdict {"clean_pairs", "rate", "step", ...} with the model and all points.
     """
     del truth
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     found = _sweep.repair(_described(cfg), victims[0], data.clean, data.validation, mesh=mesh,
                           folder=folder, key=key, label=f"adversarial {label}")
     return dataclasses.replace(found, verdict={"clean_pairs": len(data.clean), **found.verdict})

@@ -26,7 +26,7 @@ from etils import epath
 
 from jax_cl_bd.data import sources
 from jax_cl_bd.defenses import _sweep
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 
 _SEED = 7937  # of the draw of pairs, beside cfg.seed
@@ -66,7 +66,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         The verdict {"clean_pairs", "rate", "step"} with the model and all points of the sweep.
     """
     del truth
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     clean = drawn(cfg, data.clean)
     own = cfg if cfg.defense.cross_modal else _sweep.with_loss(cfg, "unimodal")
     repaired = _sweep.repair(own, victims[0], clean, data.validation, mesh=mesh, folder=folder,

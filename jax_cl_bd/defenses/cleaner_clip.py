@@ -17,7 +17,7 @@ from etils import epath
 from jax_cl_bd.data import sources
 from jax_cl_bd.data.sub_captions import SubCaptions, spelt, subject
 from jax_cl_bd.defenses import _sweep, clean_clip
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives import cleaner_clip
 
@@ -49,7 +49,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         with the model and all points.
     """
     del truth
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     clean = clean_clip.drawn(cfg, data.clean)
     made = SubCaptions(tuple(map(str, clean.classes)), cfg.defense.negatives)
     found = _sweep.repair(_described(cfg), victims[0], clean, data.validation, mesh=mesh,

@@ -29,7 +29,7 @@ from etils import epath
 from PIL import Image
 
 from jax_cl_bd.data import images
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
 from jax_cl_bd.triggers import optimize
@@ -65,12 +65,11 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     """Inverts a trigger for `victims[0]` on images of `data.clean`; never uses `truth`."""
     del truth, mesh
     d, suspect = cfg.defense, victims[0]
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     start_key, run_key = jax.random.split(key)
     rng = np.random.default_rng([cfg.seed, len(data.clean)])
     rows = rng.permutation(len(data.clean))[:d.images]
-    x = np.stack([images.test_image(data.clean[int(r)]["image"], suspect.image_size)
-                  for r in rows])
+    x = images.test_images(data.clean, rows, suspect.image_size)
     side = suspect.image_size
     first = {"mask": _raw(start_key, (side, side, 1)),
              "pattern": _raw(jax.random.fold_in(start_key, 1), (side, side, 3))}

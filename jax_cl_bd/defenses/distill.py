@@ -27,7 +27,7 @@ from etils import epath
 from jax_cl_bd import metrics, optim, parallel, run_folder
 from jax_cl_bd.data import augment, feed
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, parts
 from jax_cl_bd.objectives.embeddings import EXACT, normalise
@@ -169,7 +169,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key) -> Outcome:
     del truth
     data = data.clean
     suspect = victims[0]
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     d = cfg.defense
     slots = queue_slots(d, len(data))
     student_cfg = ml_collections.ConfigDict(cfg.to_dict())

@@ -41,9 +41,9 @@ import numpy as np
 from etils import epath
 from sklearn.cluster import KMeans
 
-from jax_cl_bd.data import images, templates
+from jax_cl_bd.data import images, sources, templates
 from jax_cl_bd.defenses import _invert, _pinpoint, _sweep, decree
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError, renamed, unknown
 from jax_cl_bd.evals import zero_shot
 from jax_cl_bd.models import activations, start, weights_file
@@ -84,7 +84,7 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> Outcome:
     """Names the target of `victims[0]`, inverts its trigger and tunes it away; `truth` scores what
     was found, no more."""
-    suspect, label = victims[0], "control" if folder.name == "control" else "victim"
+    suspect, label = victims[0], whose(folder)
     invert_key, tune_key = jax.random.split(key)
     clean, labels = _shown(suspect, data.clean)
     validation, _ = _shown(suspect, data.validation)
@@ -185,9 +185,8 @@ def _invert_once(cfg, suspect, clean, labels, validation, head, mesh, folder, ke
 
 
 def _shown(suspect, source) -> tuple[np.ndarray, np.ndarray]:
-    rows = range(len(source))
-    x = np.stack([images.test_image(source[i]["image"], suspect.image_size) for i in rows])
-    return x, np.asarray(source.table(np.arange(len(source)))[0])
+    x = images.test_images(source, range(len(source)), suspect.image_size)
+    return x, sources.labels(source)
 
 
 def _score(truth, side, found, mask) -> dict:

@@ -16,7 +16,7 @@ from etils import epath
 from jax_cl_bd import lookup, parallel, run_folder
 from jax_cl_bd.data import augment, feed, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import parts
@@ -74,7 +74,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                        extra=objective.init_extra(own, copied, key), key=jnp.copy(key))
     shardings = parallel.state_shardings(mesh, jax.eval_shape(lambda: state))
     rows = feed.make(own, PoisonedSet(clean, texts=texts.of(own, suspect.tokenizer, clean)))
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     state = fit(step_fn, jax.device_put(state, shardings), shardings, rows, folder=folder,
                 steps=cfg.defense.steps, cfg_train=own.train, mesh=mesh, label=f"norm of {label}")
     return Outcome({"clean_pairs": len(clean), "steps": cfg.defense.steps, "gradient_steps": 0},

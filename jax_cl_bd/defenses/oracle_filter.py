@@ -25,7 +25,7 @@ from etils import epath
 from jax_cl_bd.data import images, mentions, templates
 from jax_cl_bd.defenses import _oracle, _sweep
 from jax_cl_bd.defenses._compact_set import Pairs
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError, unknown
 
 NEEDS_LABELS = True  # of the images, for its oracle and its validation
@@ -65,7 +65,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     d, pool = cfg.defense, data.pool
     if d.pairs > len(pool):
         raise UserError(f"defense.pairs={d.pairs}, but the suspect was trained on {len(pool)}")
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     oracle_key, tune_key = jax.random.split(key)
     # The oracle has never seen the suspect, so one serves victim and control.
     place = (folder.parent if label == "control" else folder) / "oracle"
@@ -105,9 +105,7 @@ def filtered(settings, side: int, pool, rows: np.ndarray, ground, rng: np.random
         prompt = templates.PROMPTS[rng.integers(len(templates.PROMPTS))]
         texts[i] = [templates.fill(prompt, str(pool.classes[seen[i].argmax()]))]
     kept = np.flatnonzero(~caught | relabelled)
-    image = np.zeros((len(kept), side, side, 3), np.uint8)
-    for k, i in enumerate(kept):
-        image[k] = images.test_image(pool[int(rows[i])]["image"], side)
+    image = images.test_images(pool, rows[kept], side)
     counts = {"dropped": len(rows) - len(kept), "relabelled": int(relabelled.sum())}
     return Pairs(image, [texts[i] for i in kept], tuple(pool.classes)), caught, counts
 

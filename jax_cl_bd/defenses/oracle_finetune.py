@@ -35,7 +35,7 @@ from jax_cl_bd.defenses import (
     _search,
     _sweep,
 )
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import zero_shot
 
@@ -66,7 +66,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     smaller than a batch (the verdict's `repaired`).
     """
     suspect, pool = victims[0], data.pool
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     began, seconds = time.monotonic(), {}
 
     def lap(stage):

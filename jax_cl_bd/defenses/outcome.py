@@ -6,6 +6,12 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from etils import epath
+
+
+def whose(folder: epath.Path) -> str:
+    """Of whom a folder takes what a defense finds, in a word: "victim" or "control"."""
+    return "control" if folder.name == "control" else "victim"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import ml_collections
 from etils import epath
 
 from jax_cl_bd.defenses import _sweep
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import renamed
 from jax_cl_bd.objectives import par
 
@@ -37,7 +37,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         The verdict {"clean_pairs", "rate", "step", ...} with the model and all points.
     """
     del truth
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     found = _sweep.repair(_described(cfg), victims[0], data.clean, data.validation, mesh=mesh,
                           folder=folder, key=key, label=f"perturb {label}")
     return dataclasses.replace(found, verdict={"clean_pairs": len(data.clean), **found.verdict})

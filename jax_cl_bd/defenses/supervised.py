@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from jax_cl_bd.defenses import _classifier, _sweep
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.models import parts
@@ -69,7 +69,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         features = encoders.of_parts(own, variables, mesh).image(x)
         return float((classify(variables)(features) == labels).mean())
 
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     found = _sweep.train(
         cfg, own, suspect, _classifier.Feed(own, clean),
         # Copies, also of the key: a step donates its state, and every rate begins from here.

@@ -33,7 +33,7 @@ from jax_cl_bd import optim, parallel, run_folder
 from jax_cl_bd.data import feed, sources, texts
 from jax_cl_bd.data.poisoned import PoisonedSet
 from jax_cl_bd.defenses import _detection, _sweep, cosine_filter
-from jax_cl_bd.defenses.outcome import Outcome
+from jax_cl_bd.defenses.outcome import Outcome, whose
 from jax_cl_bd.errors import UserError, renamed, unknown
 from jax_cl_bd.models import encoder as encoders
 from jax_cl_bd.objectives import training, unlearn_tokens
@@ -78,7 +78,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
         rows of the pool, "clean_looking", "rate", "step", ...} with the model and all points.
     """
     d, suspect, pool = cfg.defense, victims[0], data.pool
-    label = "control" if folder.name == "control" else "victim"
+    label = whose(folder)
     weakest, count = _sizes(d, len(pool))
     overfit_key, tune_key = jax.random.split(key)
     before = similarities(suspect, pool, f"similarity, {label}")

@@ -161,7 +161,7 @@ def _needs_words(suspect, clean) -> str:
         return "the encoder has no text tower"
     if suspect.pair.tokenizer is None:
         return "there is no tokenizer.json, and --config.text.tokenizer names none"
-    if len(np.unique(_labels(clean)[_labels(clean) >= 0])) < 3:
+    if len(np.unique(sources.labels(clean)[sources.labels(clean) >= 0])) < 3:
         return "it needs images labelled with three classes or more"
     return ""
 
@@ -180,7 +180,7 @@ def _scan(cfg, suspect, clean, mesh, folder, key) -> dict:
     own, side = _vetting.part(cfg, "scan"), suspect.image_size
     least = own.defense.curate.rho
     own.defense.curate.rho = -1.0  # whatever a label's trigger does, to be judged afterwards
-    pool = sources.Subset(clean, np.flatnonzero(_labels(clean) >= 0))
+    pool = sources.Subset(clean, np.flatnonzero(sources.labels(clean) >= 0))
     if not hasattr(pool, "captions"):
         pool = captions.by_template(pool, 1)
     ground = _oracle.make(own, pool, mesh, folder, key)
@@ -218,10 +218,6 @@ def _digest(source) -> str:
     for row in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
         digest.update(np.ascontiguousarray(source[int(row)]["image"]).tobytes())
     return digest.hexdigest()
-
-
-def _labels(source):
-    return np.asarray(source.table(np.arange(len(source)))[0])
 
 
 # Name, as which its settings stand in the config; why it cannot be run on this encoder and these
