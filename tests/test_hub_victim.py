@@ -83,13 +83,22 @@ def test_evaluate_defend_and_report(folders, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_repair_of_a_hub_model(folders, tmp_path, kind):
-    cfg = config(clip_scenes, "defense=clean_clip", folders[kind],
-                 **{"evals.probes": ("zero_shot",)})
-    row = run(cfg, tmp_path, ["defend", "report"])["defenses"]["clean_clip"]
-    assert row["zero_shot"]["clean_accuracy"] >= 0 and "front" not in row
-    assert load_encoder(tmp_path / "defenses" / "clean_clip").text(["a star"]).shape[0] == 1
+@pytest.mark.parametrize("kind, name", [
+    ("clip", "clean_clip"), ("siglip", "clean_clip"), ("clip", "par"), ("clip", "abd"),
+    ("clip", "cleaner_clip"), ("clip", "ubt"), ("clip", "invertune"), ("clip", "supervised"),
+    ("clip", "fine_tune"), ("clip", "retrain"),
+    ("clip", "oracle_filter"), ("clip", "oracle_finetune")])
+def test_a_repair_of_a_hub_model(folders, tmp_path, kind, name):
+    cfg = config(clip_scenes, f"defense={name}", folders[kind], **{"evals.probes": ("zero_shot",)})
+    if "pool" in cfg.defense:  # which rows it was trained on, nobody else says
+        cfg.defense.pool = "data"
+    row = run(cfg, tmp_path, ["defend", "report"])["defenses"][name]
+    answers = "own_head" if name == "supervised" else "zero_shot"
+    assert row[answers]["clean_accuracy"] >= 0 and "front" not in row
+    assert row["seconds"] > 0 and "target_label_correct" not in row["verdict"]
+    opened = load_encoder(tmp_path / "defenses" / name)
+    if name != "supervised":  # whose classifier takes the place of a text tower
+        assert opened.text(["a star"]).shape[0] == 1
 
 
 @pytest.mark.slow

@@ -38,12 +38,12 @@ def truth():
 
 def run(method, cfg, folder, truth=None):
     """Gives (the suspect, which must stay as it was, and what came out); every row of the data is
-    taken to be clean."""
+    taken to be clean, and the same rows are the pool."""
     mesh, source = parallel.make_mesh(cfg.mesh), sources.load(cfg.data, "train")
     suspect = encoder.of_parts(cfg, training.first_variables(cfg), mesh,
                                texts.make_tokenizer(cfg, source))
     before = jax.tree.map(np.array, suspect.pair.variables)
-    found = method.run(cfg, [suspect], Given(source, defend.validation(cfg)), truth, mesh,
-                       epath.Path(folder), jax.random.key(0))
+    given = Given(source, defend.validation(cfg), Pool(source))
+    found = method.run(cfg, [suspect], given, truth, mesh, epath.Path(folder), jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, before, suspect.pair.variables)
     return suspect, found

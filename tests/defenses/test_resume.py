@@ -10,18 +10,25 @@ from jax_cl_bd import checkpoint
 from tests.defenses import small_repair
 
 
+UBT = {"overfit.fraction": 0.5, "overfit.steps": 2, "suspects": 4}  # of forty rows
+
+
 class Stop(Exception):
     """In place of a kill."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, rates, at", [("clean_clip", (3e-4, 1e-3), 4), ("par", (3e-4,), 2),
-                                             ("fine_tune", None, 2)])
-def test_the_same_call_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys, name, rates, at):
-    """Stopped before the second of two steps, of the second rate where there are two, is saved."""
+@pytest.mark.parametrize("name, changes, at", [
+    ("clean_clip", {"rates": (3e-4, 1e-3)}, 4), ("par", {"rates": (3e-4,)}, 2), ("fine_tune", {}, 2),
+    ("supervised", {}, 2), ("invertune", {}, 2), ("ubt", UBT, 2), ("ubt", UBT, 4),
+    ("oracle_filter", {"oracle.name": "classifier"}, 2),
+    ("oracle_filter", {"oracle.name": "classifier", "action": "relabel"}, 4)])
+def test_the_same_call_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys, name, changes, at):
+    """Stopped before the second of two steps is saved: of the second rate where there are two, of
+    what is trained before the repair, or of the repair after it."""
     method, cfg = importlib.import_module(f"jax_cl_bd.defenses.{name}"), small_repair.config(name)
-    if rates:
-        cfg.defense.rates = rates
+    cfg.defense.update_from_flattened_dict(changes)
+    cfg.train.save_every = 1
     _, undisturbed = small_repair.run(method, cfg, tmp_path / "undisturbed")
     saves = []
 
