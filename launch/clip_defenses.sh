@@ -5,7 +5,7 @@
 #   bash launch/clip_defenses.sh FOLDER \
 #   [victims|repair|baselines|limits|cleaning|ablations|cifar10] \
 #   [--config.key=value ...]
-# Without a part all are run, in this order; all but cifar10 need the victims. All 540 runs take
+# Without a part all are run, in this order; all but cifar10 need the victims. All 548 runs take
 # about 30 hours on 2 cores, by the times of single ones below; within eight hours:
 # SHARES=4 for the parts victims, repair and baselines, and the part limits.
 # Shares: 4 % of 8,000 pairs (320 poisons), 1 % (80), low: 0.4 % of 100,000 (400). Optimised patches
@@ -15,8 +15,9 @@
 # are none_5 to none_9, so that false alarms can be counted over ten of them. Controls are defended
 # by the repair with the labels as oracle alone. `cleaning`: each cleaning loss on badnets victims
 # pretrained without and with the in-modality term, and pretraining that defends itself, seeds 1 to
-# 3 (with the term the victim of seed 0 has an ASR below 0.9). `ablations`: the repair with one thing changed, at one rate, on seed 0 of badnets at 4 % with its
-# clean twin and of optimized_patch at 1 %. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
+# 3 (with the term the victim of seed 0 has an ASR below 0.9). `ablations`: the repair with one
+# thing changed, at one rate, on seed 0 of badnets at 4 % with its clean twin and of optimized_patch
+# at 1 %. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
 set -eu
 . "$(dirname "$0")/env.sh"
 [ $# -ge 1 ] || refuse "usage: bash launch/clip_defenses.sh FOLDER [PART] [--config.key=value ...]"
@@ -26,8 +27,8 @@ part=all
 case ${1:-} in
   victims|repair|baselines|limits|cleaning|ablations|cifar10) part=$1; shift ;;
   ""|--*) ;;
-  *) refuse "unknown part $1; one of victims, repair, baselines, limits, cleaning, ablations, cifar10"
-    ;;
+  *) refuse "unknown part $1;" \
+       "one of victims, repair, baselines, limits, cleaning, ablations, cifar10" ;;
 esac
 file=configs/clip_scenes.py: flags=(--config.evals.other_test_split=shifted "$@")
 rates=${RATES:-(0.001,0.003)}
@@ -162,10 +163,12 @@ all_ablations() {
   local name flag
   for name in badnets_4_0 optimized_patch_1_0; do
     ablate "$name" configured
-    for flag in scan.evidence=crop scan.counterfactual=False scan.top=1 \
-        curate.rho_recurring=2.0; do
+    for flag in scan.evidence=crop scan.counterfactual=False scan.top=1 scan.top=10 \
+        curate.rho=0.25 curate.rho_recurring=2.0 curate.correlation=0.5; do
       ablate "$name" "$flag" "--config.defense.$flag"
     done
+    ablate "$name" scan.evidence=crop_0.25 --config.defense.scan.evidence=crop \
+      --config.defense.scan.confident=0.25
     for flag in "curate.parts=('transplant','replay')" "curate.parts=('clean','replay')" \
         "curate.parts=('clean','transplant')" "curate.parts=('clean','relabel','replay')" \
         "curate.parts=('clean','relabel','transplant','replay')" curate.per_label=4 \

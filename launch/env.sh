@@ -13,8 +13,8 @@ quoted() {  # quoted WORD...: one line that a shell reads back as these words
   done
   printf '%s\n' "$line"
 }
-refuse() {  # refuse MESSAGE: one line and status 2
-  printf 'error: %s\n' "$1" >&2
+refuse() {  # refuse WORD...: one line and status 2
+  printf 'error: %s\n' "$*" >&2
   exit 2
 }
 run() {  # run WORD...: prints the command and, unless DRY_RUN is set, runs it

@@ -9,7 +9,6 @@ import pytest
 from jax_cl_bd import checkpoint
 from tests.defenses import small_repair
 
-
 UBT = {"overfit.fraction": 0.5, "overfit.steps": 2, "suspects": 4}  # of forty rows
 
 
@@ -19,9 +18,9 @@ class Stop(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, changes, at", [
-    ("clean_clip", {"rates": (3e-4, 1e-3)}, 4), ("par", {"rates": (3e-4,)}, 2), ("fine_tune", {}, 2),
-    ("supervised", {}, 2), ("invertune", {}, 2), ("ubt", UBT, 2), ("ubt", UBT, 4),
-    ("oracle_filter", {"oracle.name": "classifier"}, 2),
+    ("clean_clip", {"rates": (3e-4, 1e-3)}, 4), ("par", {"rates": (3e-4,)}, 2),
+    ("fine_tune", {}, 2), ("supervised", {}, 2), ("invertune", {}, 2), ("ubt", UBT, 2),
+    ("ubt", UBT, 4), ("oracle_filter", {"oracle.name": "classifier"}, 2),
     ("oracle_filter", {"oracle.name": "classifier", "action": "relabel"}, 4)])
 def test_the_same_call_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys, name, changes, at):
     """Stopped before the second of two steps is saved: of the second rate where there are two, of
