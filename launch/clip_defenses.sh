@@ -74,8 +74,8 @@ print(defenses["oracle_finetune"]["verdict"]["compact_set_pairs"])' "$found"
   fi
 }
 
-# A victim with its control took 200 to 270 s on 2 cores, 7 to 9 core-minutes; one of share low has
-# five times the steps and was not timed.
+# A victim with its control took 200 to 270 s on 2 cores, 7 to 9 core-minutes; one of share low,
+# with five times the steps, 770 to 1,150 s on one core without its control.
 one_victim() {
   case $1 in
     *_1_*) victim "$1" "${1%%_[14l]*}" --config.attack.poisons=80 ;;
