@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Detection on scenes: poisoned rows of victims at three rates, and backdoored encoders by DECREE.
+# Detection on scenes: poisoned rows of victims at three rates, backdoored encoders by DECREE, and
+# vetting as somebody sees it who knows of no attack.
 # Stop it and start it again at will: what is complete is skipped.
 # Usage: [DRY_RUN=1] [NUMBERS="10 11 ..."] bash launch/clip_detection.sh VICTIMS FOLDER \
-#   [rows|encoders] [--config.key=value ...]
-# VICTIMS: the folder of `launch/clip_defenses.sh VICTIMS victims`, for the part rows. Without a
-# part both are run.
+#   [rows|encoders|vetting] [--config.key=value ...]
+# VICTIMS: the folder of `launch/clip_defenses.sh VICTIMS victims`, for rows and vetting. Without a
+# part all are run, in this order; vetting needs what encoders makes.
 # rows: density detectors for several reference batches and k, so that from less than one to 80
 # poisons are expected in a batch; cosine filtering by the suspect and by the clean twin of another
 # seed; BDetCLIP. encoders: 20 victims and their 20 clean twins, seeds 10 to 29, targets and
 # triggers varied; thresholds come from ten other clean encoders, seeds 30 to 39, all of half the
 # usual steps. At last python -m jax_cl_bd.reporting.detection says how well they are told apart; it
-# leaves out victims with an excess below 0.5, which more NUMBERS (from 40 on) can replace.
+# leaves out victims with an excess below 0.5, which more NUMBERS (from 40 on) can replace. vetting:
+# four of those encoders and their clean twins by the ten, then the rows of one victim and of three
+# clean encoders.
 set -eu
 . "$(dirname "$0")/env.sh"
 [ $# -ge 2 ] ||
@@ -19,9 +22,9 @@ victims=$1 folder=$2
 shift 2
 part=all
 case ${1:-} in
-  rows|encoders) part=$1; shift ;;
+  rows|encoders|vetting) part=$1; shift ;;
   ""|--*) ;;
-  *) refuse "unknown part $1; one of rows, encoders" ;;
+  *) refuse "unknown part $1; one of rows, encoders, vetting" ;;
 esac
 flags=("$@")
 
@@ -72,7 +75,33 @@ all_encoders() {  # a victim with its twin and DECREE on both: 215 s on one core
   run "$PYTHON" -m jax_cl_bd.reporting.detection "${judged[@]}" --calibrate "${calibrate[@]}" \
     "--out=$folder/decree"
 }
+vet() {  # vet DEFENSE NAME VICTIM [FLAGS...]: status 1 with a verdict is no failure, but suspicion
+  local before=${#failed[@]}
+  attempt "configs/$1.py" "$folder/$1-$2" "--config.victim=$3" "${@:4}" ${flags[@]+"${flags[@]}"}
+  if [ -e "$folder/$1-$2/defenses/$1/done.json" ]; then
+    failed=(${failed[@]+"${failed[@]:0:$before}"})
+  fi
+}
+# An encoder took 19 to 83 s on one core, and 455 s the first time, which measures the ten; rows of
+# 8,000 pairs 126 to 252 s.
+all_vetting() {
+  local number name clean=""
+  for number in 30 31 32 33 34 35 36 37 38 39; do
+    clean="$clean${clean:+,}'$folder/clean_$number'"
+  done
+  for number in 10 12 13 14; do
+    for name in encoder_$number encoder_$number/control; do
+      vet vet_encoder "${name//\//_}" "$folder/$name" "--config.defense.clean_encoders=($clean)" \
+        "--config.defense.calibration=$folder/calibration"
+    done
+  done
+  vet vet_dataset badnets_4_0 "$victims/badnets_4_0"
+  for number in 30 31 32; do
+    vet vet_dataset "clean_$number" "$folder/clean_$number"
+  done
+}
 
 case $part in all|rows) all_rows ;; esac
 case $part in all|encoders) all_encoders ;; esac
+case $part in all|vetting) all_vetting ;; esac
 name_failed

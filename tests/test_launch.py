@@ -2,6 +2,7 @@
 refuse bad input; sweeps. More in test_launch_local.py, test_launch_docker.py and
 test_launch_clusters.py."""
 
+import ast
 import importlib.util
 
 import pytest
@@ -105,7 +106,8 @@ def test_the_parts_of_the_defenses_make_the_whole():
 def test_detection_judges_other_encoders_than_those_that_set_the_threshold():
     rows = commands("clip_detection.sh", "runs/y", "rows")
     *encoders, last = commands("clip_detection.sh", "runs/y", "encoders")
-    assert commands("clip_detection.sh", "runs/y") == [*rows, *encoders, last]
+    vetting = commands("clip_detection.sh", "runs/y", "vetting")
+    assert commands("clip_detection.sh", "runs/y") == [*rows, *encoders, last, *vetting]
     assert len(rows) == 36 and len(encoders) == 30
     made = [(config_of(words), words[4].removeprefix("--workdir=")) for words in encoders]
     assert all(cfg.defense.name == "decree" for cfg, _ in made)
@@ -118,6 +120,37 @@ def test_detection_judges_other_encoders_than_those_that_set_the_threshold():
                     *(folder for _, folder in calibrating), "--out=runs/y/decree"]
     for words in rows:
         assert config_of(words).defense.name in ("density", "cosine_filter", "bdetclip")
+
+
+def test_vetting_judges_encoders_and_their_twins_by_others():
+    made = {words[4].removeprefix("--workdir=") for words in
+            commands("clip_detection.sh", "runs/y", "encoders") if words[4].startswith("--workdir")}
+    judged = []
+    for words in commands("clip_detection.sh", "runs/y", "vetting"):
+        cfg = config_of(words)
+        flags = dict(word.removeprefix("--").split("=", 1) for word in words[4:])
+        victim = flags["config.victim"]
+        assert victim.removesuffix("/control") in made | {"runs/x/badnets_4_0"}
+        if cfg.defense.name == "vet_encoder":
+            clean = ast.literal_eval(flags["config.defense.clean_encoders"])
+            assert len(clean) == 10 and set(clean) <= made and victim not in clean
+            judged.append(victim)
+    assert len(set(judged)) == 8 and sum(name.endswith("/control") for name in judged) == 4
+
+
+def test_a_suspicion_is_no_failure_of_the_script(tmp_path):
+    """Exit status 1 of a vetting with a verdict, unlike one without (the last of the encoders)."""
+    ends = """folder=${4#--workdir=}
+case $folder in *vet_encoder-encoder_14_control) exit 1 ;; esac
+defense=${folder##*/}
+defense=${defense%%-*}
+mkdir -p "$folder/defenses/$defense"
+touch "$folder/defenses/$defense/done.json"
+exit 1"""
+    program(tmp_path / "bin", "python", ends)
+    done = launch("clip_detection.sh", "runs/x", tmp_path / "y", "vetting", path=tmp_path / "bin")
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 12
+    assert done.stderr == f"error: 1 runs failed: {tmp_path}/y/vet_encoder-encoder_14_control\n"
 
 
 def test_an_experiment_goes_on_after_a_run_that_fails_and_names_it(tmp_path):
