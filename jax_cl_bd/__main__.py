@@ -86,17 +86,17 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what is raised here as well
     if job:
         multihost.join(job)
-    from jax_cl_bd import stages  # imports jax, so only once the flags are known to be good
+    from jax_cl_bd import checks, stages  # import jax, so only once the flags are known to be good
 
     folder = epath.Path(WORKDIR.value)
     chosen = [s for s in STAGES if s in ONLY.value]
     with settings.asked_of(CONFIG.value):
         cfg = stages.with_victim(CONFIG.value)
-        stages.check(cfg, chosen)
+        checks.check(cfg, chosen)
         if CHECK_ONLY.value:
             return 0
         if job:
-            stages.check_alike(cfg)
+            checks.check_alike(cfg)
         with run_folder.locked(folder) if multihost.is_writer() else contextlib.nullcontext():
             stages.run(cfg, folder, chosen, FORCE.value)
             return int(stages.suspicious(cfg, folder))

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from jax_cl_bd import __main__ as command
 from jax_cl_bd import (
     checkpoint,
+    checks,
     host_memory,
     metrics,
     optim,
@@ -122,7 +123,7 @@ def run(members: dict[str, ml_collections.ConfigDict], folder: epath.Path,
     chosen = [stage for stage in run_folder.STAGES if stage in chosen]
     for cfg in members.values():
         check(cfg)
-        stages.check(cfg, chosen)
+        checks.check(cfg, chosen)
     members = with_controls(members, folder)
     if "pretrain" in chosen:
         check_places(members, folder)

@@ -1,7 +1,6 @@
 """Which stages a run has, what each needs, and when it is complete."""
 
 import errno
-import operator
 import sys
 import textwrap
 
@@ -19,12 +18,11 @@ from jax_cl_bd import (
     report,
     run_folder,
 )
-from jax_cl_bd.data import sources, texts
+from jax_cl_bd.data import sources
 from jax_cl_bd.data.images import CorruptRow
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import start
 from jax_cl_bd.reporting import table, vetting
-from jax_cl_bd.settings import asked_of
 from jax_cl_bd.train import NonFinite
 
 GROUPS = {"poison": run_folder.POISON_GROUPS, "pretrain": run_folder.PRETRAIN_GROUPS,
@@ -40,9 +38,6 @@ LEAVES = {"pretrain": ("checkpoints", "metrics.jsonl", "events", "control"),
 GOES_ON = "the same command goes on where it stopped"
 # Errors after which the same command would fail again; what to do is in their message.
 SAYS_ITSELF = (CorruptRow, NonFinite, FloatingPointError)
-POSITIVE = ("data.image_size", "train.batch_size", "train.chunks", "evals.batch_size")
-NOT_NEGATIVE = ("seed", "data.workers", "train.steps", "train.epochs", "train.log_every",
-                "train.save_every", "train.eval_every")
 VICTIMS_OWN = ("seed", "data", "attack", "augment", "text", "model", "objective", "optim", "train",
                "init_from")
 
@@ -73,49 +68,6 @@ def with_victim(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if vets:
         merged.defense.pool = ""  # the rows that this run was trained on, as it has them
     return merged.lock()
-
-
-def check(cfg: ml_collections.ConfigDict, chosen: list[str]) -> None:
-    """Finds what is wrong with the settings of the chosen stages, before anything is compiled.
-
-    Raises:
-        UserError: one line with the value seen and what is allowed.
-    """
-    with asked_of(cfg):
-        _check_numbers(cfg)
-        if not set(chosen) <= {"report"}:  # which reads no data
-            _check(cfg, chosen)
-
-
-def _check_numbers(cfg):
-    for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
-        for name in names:
-            if (value := operator.attrgetter(name)(cfg)) < least:
-                raise UserError(f"{name}={value} must be at least {least}")
-
-
-def _check(cfg, chosen):
-    if not cfg.data.name:
-        raise UserError("data.name is empty: name the data, such as --config.data.name=folder:PATH"
-                        ", or a finished run whose own rows are meant: --config.victim=RUN")
-    train = sources.load(cfg.data, "train")
-    if run_folder.from_elsewhere(cfg):
-        chosen = [s for s in chosen if s not in ("poison", "pretrain")]
-    if {"poison", "pretrain"} & set(chosen):
-        texts.check(cfg, train)
-    if "poison" in chosen:
-        poison.check(cfg, sources.table(train), train.classes)
-    if "pretrain" in chosen:
-        pretrain.check(cfg, len(train))
-    measured = cfg.evals.probes or not defend.vets(cfg)
-    if measured and {"pretrain", "evaluate", "defend"} & set(chosen):  # all of them measure
-        test = sources.load(cfg.data, "test")
-        if tuple(train.classes) != tuple(test.classes):
-            raise UserError(f"the train split has {len(train.classes)} classes, the test split "
-                            f"{len(test.classes)}; probes need the same in both")
-        evaluate.check(cfg)
-    if "defend" in chosen:
-        defend.check(cfg, train)
 
 
 def place_of(cfg: ml_collections.ConfigDict, folder: epath.Path, stage: str) -> epath.Path:
@@ -218,19 +170,6 @@ def run(cfg: ml_collections.ConfigDict, folder: epath.Path, chosen: list[str],
             run_folder.finish(place, settings[stage])
     if writes:
         _print_results(folder)
-
-
-def check_alike(cfg: ml_collections.ConfigDict) -> None:
-    """Refuses a job whose processes have other settings, or see other data, than process 0.
-
-    Raises:
-        UserError: naming what differs, and where.
-    """
-    source, settings = sources.load(cfg.data, "train"), cfg.to_dict()
-    for name in ("data_dir", "workers"):  # may differ from host to host
-        del settings["data"][name]
-    multihost.check_alike({"settings": settings,
-                           "data": poison.fingerprint(source, sources.table(source))})
 
 
 def suspicious(cfg: ml_collections.ConfigDict, folder: epath.Path) -> bool:

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import cifar10, clip_scenes, quickstart
-from jax_cl_bd import load_encoder, report, run_folder, stages
+from jax_cl_bd import checks, load_encoder, report, run_folder, stages
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, hub, hub_clip, start
@@ -45,7 +45,7 @@ def config(experiment, arg, victim, **changes):
 
 
 def run(cfg, folder, chosen=stages.GROUPS):
-    stages.check(cfg, list(chosen))
+    checks.check(cfg, list(chosen))
     stages.run(cfg, epath.Path(folder), list(chosen))
     return run_folder.read_json(epath.Path(folder) / "results.json")
 
@@ -140,7 +140,7 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
              "needs captions"),
             (lambda: config(clip_scenes, "", str(tmp_path)), "not a run folder")):
         with pytest.raises(UserError, match=says) as error:
-            stages.check(make(), list(stages.GROUPS))
+            checks.check(make(), list(stages.GROUPS))
         assert "\n" not in str(error.value)
 
 
@@ -150,7 +150,7 @@ def test_a_run_folder_knows_what_it_was_trained_on(tmp_path):
     cfg.victim, cfg.defense.pool = str(tmp_path), "data"
     cfg.mesh.data = 1
     with pytest.raises(UserError, match="is a run folder, which knows what it was trained on"):
-        stages.check(stages.with_victim(cfg), ["defend"])
+        checks.check(stages.with_victim(cfg), ["defend"])
 
 
 def test_a_trigger_can_still_be_named(folders, tmp_path):

@@ -4,7 +4,7 @@
 import pytest
 
 from configs import clip_scenes
-from jax_cl_bd import stages
+from jax_cl_bd import checks, stages
 from jax_cl_bd.errors import UserError
 from tests.command_line import BASE, quickstart, refused
 
@@ -85,7 +85,7 @@ def test_bad_config_argument_and_missing_workdir():
 ])
 def test_bad_settings_are_found_before_anything_is_compiled(changes, says):
     with pytest.raises(UserError) as refusal:
-        stages.check(quickstart(**changes), list(stages.GROUPS))
+        checks.check(quickstart(**changes), list(stages.GROUPS))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -95,7 +95,7 @@ def test_a_setting_missing_deep_in_a_method_names_the_method():
     del cfg.defense.curate["rho_recurring"]
     with pytest.raises(UserError, match="setting defense.curate.rho_recurring is missing for "
                                         "defense 'oracle_finetune'"):
-        stages.check(cfg, ["defend"])
+        checks.check(cfg, ["defend"])
 
 
 def test_a_config_without_some_settings_says_which():
@@ -103,24 +103,24 @@ def test_a_config_without_some_settings_says_which():
     with cfg.unlocked():
         del cfg.train["chunks"]
     with pytest.raises(UserError, match="setting train.chunks is missing from the config"):
-        stages.check(cfg, ["pretrain"])
+        checks.check(cfg, ["pretrain"])
     cfg = quickstart()
     del cfg["downstream"]
     with pytest.raises(UserError, match="setting downstream is missing from the config; the func"):
-        stages.check(cfg, ["evaluate"])
+        checks.check(cfg, ["evaluate"])
 
 
 def test_errors_that_are_no_missing_setting_stay_what_they_are(monkeypatch):
-    monkeypatch.setattr(stages.sources, "load", lambda *_: {}["bug"])
+    monkeypatch.setattr(checks.sources, "load", lambda *_: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
-        stages.check(quickstart(), ["poison"])
+        checks.check(quickstart(), ["poison"])
 
 
 def test_an_in_modality_term_without_second_captions_is_refused():
     cfg = clip_scenes.get_config("debug")
     cfg.objective.in_modality = 1.0
     with pytest.raises(UserError, match="data.text_augment=eda"):
-        stages.check(cfg, list(stages.GROUPS))
+        checks.check(cfg, list(stages.GROUPS))
 
 
 def test_more_poisons_than_candidates_is_refused():
@@ -129,8 +129,8 @@ def test_more_poisons_than_candidates_is_refused():
     cfg = experiment.get_config("debug,attack=ssl_backdoor")
     cfg.attack.poisons = 100
     with pytest.raises(UserError, match="100"):
-        stages.check(cfg, ["poison"])
+        checks.check(cfg, ["poison"])
 
 
 def test_a_full_class_of_errors_does_not_hide_good_settings():
-    stages.check(quickstart(), list(stages.GROUPS))
+    checks.check(quickstart(), list(stages.GROUPS))

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from jax_cl_bd import bench, evaluate, poison, pretrain, stages
+from jax_cl_bd import bench, checks, evaluate, poison, pretrain, stages
 from jax_cl_bd.data import images, prepare_pairs, sources
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.evals import test_sets
@@ -75,17 +75,17 @@ def test_what_needs_labels_is_refused_before_anything_is_made(config, no_compile
     cfg = config()
     change(cfg)
     with pytest.raises(UserError, match=message) as error:
-        stages.check(cfg, list(stages.GROUPS))
+        checks.check(cfg, list(stages.GROUPS))
     assert "\n" not in str(error.value)
 
 
 def test_defenses_of_pairs_are_those_that_need_no_labels(config):
     for name in ("fine_tune", "decree"):
-        stages.check(config(f"debug,defense={name}"), ["defend"])
+        checks.check(config(f"debug,defense={name}"), ["defend"])
     for name, says in (("clean_clip", "needs labelled images, and data set 'pairs:"),
                        ("supervised", "needs labelled images"), ("bdetclip", "'validation'")):
         with pytest.raises(UserError, match=says):
-            stages.check(config(f"debug,defense={name}"), ["defend"])
+            checks.check(config(f"debug,defense={name}"), ["defend"])
 
 
 def test_a_downstream_set_must_have_labels_and_the_target(config, folder, tmp_path):
@@ -118,7 +118,7 @@ def test_the_documented_command_is_accepted(config, folder, tmp_path, monkeypatc
     cfg.lock()
     cfg.update_from_flattened_dict({key.removeprefix("config."): value for key, value
                                     in flags.items() if key.startswith("config.")})
-    stages.check(cfg, list(stages.GROUPS))
+    checks.check(cfg, list(stages.GROUPS))
     data = evaluate.test_data(cfg, poison.make_trigger(cfg))
     assert data.classes == ("fish", "crane", "star") and data.target == 2  # in order of folders
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2] and len(data.own.captions) > 5

@@ -4,7 +4,7 @@
 import pytest
 from etils import epath
 
-from jax_cl_bd import poison, run_folder, stages
+from jax_cl_bd import checks, poison, run_folder, stages
 from jax_cl_bd.data import sources
 from jax_cl_bd.errors import UserError
 from tests.command_line import BASE, quickstart, refused
@@ -177,7 +177,7 @@ def test_other_data_are_noticed(tmp_path):
 
 
 def test_a_report_reads_no_data():
-    stages.check(quickstart(**{"data.name": "folder:/no/such/place"}), ["report"])
+    checks.check(quickstart(**{"data.name": "folder:/no/such/place"}), ["report"])
 
 
 @pytest.mark.slow

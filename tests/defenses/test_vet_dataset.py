@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from configs import vet_dataset as experiment
-from jax_cl_bd import parallel, poison, stages
+from jax_cl_bd import checks, parallel, poison, stages
 from jax_cl_bd.data import sources
 from jax_cl_bd.data.pool import Pool
 from jax_cl_bd.defenses import vet_dataset
@@ -122,5 +122,5 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
                           ({"defense.search.oracle.name": "clasifier"}, "clasifier"),
                           ({"data.name": "digits"}, "needs captions")):
         with pytest.raises(UserError, match=says) as error:
-            stages.check(stages.with_victim(config(**changes)), list(stages.GROUPS))
+            checks.check(stages.with_victim(config(**changes)), list(stages.GROUPS))
         assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from configs import vet_encoder as experiment
-from jax_cl_bd import parallel, run_folder, stages
+from jax_cl_bd import checks, parallel, run_folder, stages
 from jax_cl_bd.data import sources
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.defenses import decree, vet_encoder
@@ -51,7 +51,7 @@ def config(victim, clean=(), **changes):
 
 def vetted(cfg, folder):
     folder = epath.Path(folder)
-    stages.check(cfg, list(stages.GROUPS))
+    checks.check(cfg, list(stages.GROUPS))
     stages.run(cfg, folder, list(stages.GROUPS))
     return run_folder.read_json(folder / "defenses" / "vet_encoder" / "results.json")["verdict"]
 
@@ -108,7 +108,7 @@ def test_calibration_by_two_encoders_is_kept(folders, tmp_path, monkeypatch):
     assert not any("no clean encoders" in what for what in verdict["not_checked"])
     # In another order, over the same folder: only what is new is computed, here nothing.
     cfg = config(folders[0.3], clean[::-1], **home)
-    stages.check(cfg, ["defend"])
+    checks.check(cfg, ["defend"])
     stages.run(cfg, epath.Path(tmp_path / "run"), ["defend"], "defend")
     assert len(calls) == 4  # the suspect's own was dropped by --force
     (tmp_path / "run" / "defenses" / "vet_encoder" / "done.json").unlink()
@@ -192,5 +192,5 @@ def test_bad_input_is_refused_in_one_line(folders, tmp_path):
              "must be 'ground_truth'"),
             (lambda: config(folders[0.3], [folders[0.31]]), "one encoder")):
         with pytest.raises(UserError, match=says) as error:
-            stages.check(cfg(), list(stages.GROUPS))
+            checks.check(cfg(), list(stages.GROUPS))
         assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import jax_cl_bd
 from configs import clip_scenes, quickstart
-from jax_cl_bd import checkpoint, evaluate, parallel, pretrain, run_folder, stages
+from jax_cl_bd import checkpoint, checks, evaluate, parallel, pretrain, run_folder, stages
 from jax_cl_bd.data import tokenizer as tokenizers
 from jax_cl_bd.errors import UserError
 from jax_cl_bd.models import build, hub, hub_clip, start
@@ -60,7 +60,7 @@ def test_step_0_is_the_hub_model(tmp_path, kind):
     assert cfg.text.tokenizer == str(tmp_path) and cfg.data.image_size == 32
     assert tuple(cfg.data.mean) == (0.5, 0.4, 0.3) and cfg.objective.in_modality == 0
     assert cfg.objective.image_projection == (kind == "clip")
-    stages.check(cfg, list(stages.GROUPS))
+    checks.check(cfg, list(stages.GROUPS))
     state = begin(cfg)
     equal({"params": state.params, "batch_stats": state.batch_stats}, variables)
     equal(training.first_variables(cfg), variables)
@@ -116,7 +116,7 @@ def test_a_whole_run_from_weights(tmp_path):
     cfg = stages.with_victim(pair_config(tmp_path / "hub", "badnets,objective=siglip"))
     folder = epath.Path(tmp_path / "run")
     chosen = ["poison", "pretrain", "evaluate"]
-    stages.check(cfg, chosen)
+    checks.check(cfg, chosen)
     stages.run(cfg, folder, chosen)
     results = run_folder.read_json(folder / "results.json")
     assert {"victim", "control", "untrained"} <= set(results)
