@@ -17,7 +17,8 @@
 # pretrained without and with the in-modality term, and pretraining that defends itself, seeds 1 to
 # 3 (with the term the victim of seed 0 has an ASR below 0.9). `ablations`: the repair with one
 # thing changed, at one rate, on seed 0 of badnets at 4 % with its clean twin and of optimized_patch
-# at 1 %. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and the baselines.
+# at 1 %, in FOLDER/ablations. `cifar10`: one victim on real images (TFDS_DATA_DIR), its repairs and
+# the baselines.
 set -eu
 . "$(dirname "$0")/env.sh"
 [ $# -ge 1 ] || refuse "usage: bash launch/clip_defenses.sh FOLDER [PART] [--config.key=value ...]"
@@ -180,8 +181,10 @@ all_ablations() {
 ablate() {  # ablate VICTIM NAME [FLAG]
   local twin=(--config.control=False)
   case $1-$2 in badnets_4_0-configured|badnets_4_0-scan.*|badnets_4_0-*rho*) twin=() ;; esac
-  defend "$1" "ablation_$2" defense=oracle_finetune "--config.defense.rates=(0.001,)" "${@:3}" \
-    ${twin[@]+"${twin[@]}"}
+  control_of "$folder" "$1"
+  one "ablations/$1-$2" defense=oracle_finetune "--config.defense.rates=(0.001,)" "${@:3}" \
+    ${control[@]+"${control[@]}"} ${twin[@]+"${twin[@]}"} "--config.victim=$folder/$1" \
+    --stages=defend,report
 }
 all_cifar10() {  # a victim and its control took 20 minutes on one core
   local file=configs/clip_cifar10.py:reduced, flags=("${flags[@]:1}")

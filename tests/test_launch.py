@@ -87,7 +87,7 @@ def test_the_parts_of_the_defenses_make_the_whole():
         first = words[4].startswith("--workdir") and "_0-" in words[4]
         rates = [w for w in words if w.startswith("--config.defense.rates=")]
         config = config_of(words)
-        if "-ablation_" in words[4]:
+        if "/ablations/" in words[4]:
             assert rates == ["--config.defense.rates=(0.001,)"]
             continue
         if words[4].endswith("-in_modality_only"):

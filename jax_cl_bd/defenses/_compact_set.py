@@ -4,7 +4,7 @@ EftCLIP (arXiv 2511.13545) curates one; how is not public. Its four parts are re
 (docs/papers.md), each a switch:
 
 clean     pairs of the pool, at most `per_label` of every affected label and of the target, whose
-          caption names the label and in which the oracle sees it.
+          caption names the label and in which it is what the oracle is surest of.
 relabel   the victims found, trigger and all, with a caption of what the oracle sees.
 transplant  trusted images of affected labels with the trigger pasted at a random place, under their
           own right captions.
@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 
 from jax_cl_bd.data import images, mentions, sources, templates
-from jax_cl_bd.defenses import _pinpoint
+from jax_cl_bd.defenses import _oracle, _pinpoint
 
 PARTS = ("clean", "replay", "relabel", "transplant")
 UNTOUCHED = ("clean", "replay")  # parts whose images no trigger is on; they come first
@@ -94,7 +94,7 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
         chosen = rng.permutation(free)[:round(settings.replay * others)]
         for label in targets:  # pairs that wrongly name a target may be poisons that were missed
             named = mentions.naming([every[row] for row in chosen], str(pool.classes[label]))
-            seen = ground(pool, chosen[named]).argmax(1) == label
+            seen = _oracle.likeliest(ground(pool, chosen[named])) == label
             chosen = np.setdiff1d(chosen, chosen[named][~seen])
         for row in rng.permutation(chosen):
             add("replay", pool[int(row)]["image"], every[row])
@@ -106,12 +106,12 @@ def curate(settings, side: int, pool, clean, triggers: list[_pinpoint.Trigger],
 
 
 def _grounded(pool, captions, label, taken, ground, count, rng):
-    """Up to `count` rows, none of `taken`, whose caption names a label that the oracle sees
-    there."""
+    """Up to `count` rows, none of `taken`, whose caption names a label that is what the oracle is
+    surest of there."""
     named = np.flatnonzero(mentions.naming(captions, str(pool.classes[label])))
     named = rng.permutation(np.array([r for r in named if int(r) not in taken], np.int64))
     named = named[:4 * count]  # most of them are what they say
     if not len(named):
         return []
-    sees = ground(pool, named).argmax(1) == label
+    sees = _oracle.likeliest(ground(pool, named)) == label
     return [int(r) for r in named[sees][:count]]

@@ -17,12 +17,13 @@ from collections.abc import Callable
 import numpy as np
 
 from jax_cl_bd.data import images
-from jax_cl_bd.defenses import _regions
+from jax_cl_bd.defenses import _oracle, _regions
 
 Regions = Callable[[np.ndarray], np.ndarray]  # image -> boxes int [R, 4]
 EVIDENCE = ("transplant", "crop")
 _BLOCK = 256  # images that one call of the suspect sees: one shape, one compile
 _CANVASES = 4  # clean images that a region is moved to, beside a plain one
+_ASKED = 32  # rows that the oracle is asked about at once
 _KEPT = 24  # regions of an image that pass the counterfactual and are looked at further
 _MARGIN = 0.1  # around a crop, share of its sides
 _AREA_WEIGHT = 7.0  # what a region's share of the image costs, against the label's probability
@@ -65,17 +66,55 @@ def suspect_of(encoder, head: np.ndarray) -> Suspect:
     return Suspect(probabilities, encoder.image_size)
 
 
-def claims(probabilities: np.ndarray, grounded: np.ndarray, *, top: int,
-           sure: float) -> list[np.ndarray]:
-    """P = L \\ S of each image: the labels among its `top` that the suspect claims (p >= 2 / C, and
-    its first answer always) and the oracle grounds with less than `sure`."""
-    count = probabilities.shape[1]
-    found = []
-    for p, seen in zip(probabilities, grounded):
+def claims(probabilities: np.ndarray, *, top: int) -> list[np.ndarray]:
+    """L of each image: the labels among its `top` that the suspect claims (p >= 2 / C, and its
+    first answer always), the surest first."""
+    count, found = probabilities.shape[1], []
+    for p in probabilities:
         order = np.argsort(-p, kind="stable")[:top]
-        claimed = order[(p[order] >= 2 / count) | (order == order[0])]
-        found.append(claimed[seen[claimed] < sure])
+        found.append(order[(p[order] >= 2 / count) | (order == order[0])])
     return found
+
+
+class Queues:
+    """Rows by the surest label that the suspect claims in vain, each queue in the order of the
+    rows. The oracle is asked as rows are needed, about `_ASKED` at a time.
+
+    Args:
+        claimed: L of each row. ask: int [n] -> float32 [n, C], the oracle's opinion of some rows.
+        sure: from what score on the oracle grounds a label (tau_s).
+    """
+
+    def __init__(self, claimed: list[np.ndarray], ask, count: int, *, sure: float):
+        self._claimed, self._ask, self._sure = claimed, ask, sure
+        self._may = [[i for i, own in enumerate(claimed) if label in own]
+                     for label in range(count)]
+        self._at = [0] * count
+        self.grounded = {}  # row -> float32 [C], of those asked about
+
+    def wanted(self, i: int) -> np.ndarray:
+        """P = L \\ S of a row that the oracle was asked about."""
+        own = self._claimed[i]
+        return own[self.grounded[i][own] < self._sure]
+
+    def first(self, label: int) -> int | None:
+        """The next row of a label's queue, None where it is empty."""
+        rows = self._may[label]
+        while self._at[label] < len(rows):
+            at = self._at[label]
+            if rows[at] not in self.grounded:
+                new = [i for i in rows[at:at + _ASKED] if i not in self.grounded]
+                self.grounded |= dict(zip(new, self._ask(np.array(new))))
+            if (wanted := self.wanted(rows[at])).size and wanted[0] == label:
+                return rows[at]
+            self._at[label] += 1
+        return None
+
+    def take(self, label: int) -> int:
+        """Takes the first row out of a label's queue."""
+        i = self.first(label)
+        self._at[label] += 1
+        return i
 
 
 def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: np.ndarray,
@@ -85,7 +124,7 @@ def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: 
     """Algorithm 1 on one image: (label, box, score) for every label of P that a region explains.
 
     Args:
-        labels: P, see `claims`. grounded: float [C], the oracle's opinion of the image.
+        labels: P, see `Queues`. grounded: float [C], the oracle's opinion of the image.
         canvases: see `canvases_of`; those of the label itself are not used.
         sure: from what score on the oracle grounds a label (tau_s).
         confident: probability that a crop must reach (tau_r), for evidence "crop".
@@ -99,7 +138,7 @@ def in_image(suspect: Suspect, image: np.ndarray, labels: np.ndarray, grounded: 
     without = suspect.probabilities(np.stack([_filled(image, box) for box in boxes]))
     answer = without.argmax(1)
     # What is seen without the region must be what the oracle grounds, or thinks likeliest.
-    believed = (grounded[answer] >= sure) | (answer == grounded.argmax())
+    believed = (grounded[answer] >= sure) | (answer == _oracle.likeliest(grounded))
     found = []
     for label in labels:
         passed = np.flatnonzero((answer != label) & believed | (not counterfactual))
@@ -129,7 +168,7 @@ def _opinion(suspect, image, boxes, label, canvases, confident, evidence):
     return hits >= 0.6 * (1 + len(canvases)), p[:, :, label].mean(1)  # three of five
 
 
-def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], grounded: np.ndarray,
+def scan(suspect: Suspect, pool, rows: np.ndarray, queues: Queues, count: int,
          canvases: tuple[np.ndarray, np.ndarray], settings, progress,
          regions: Regions = _regions.boxes) -> tuple[list[Candidate], dict]:
     """Looks for triggers in some rows of the pool, the most telling label first.
@@ -140,27 +179,23 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, wanted: list[np.ndarray], gro
     has `settings.enough` candidates and at `settings.limit` images.
 
     Args:
-        rows: int64 [N], in the order in which they are tried. wanted: P of each row.
-        grounded: float32 [N, C], the oracle's opinion.
+        rows: int64 [N] of the pool; `queues` counts them from 0. count: of labels.
     Returns:
         The candidates, and {"seen": int [C], how many images were searched for each label;
         "found": int [C], how many gave a candidate; "images": how many were looked at}.
     """
-    count = grounded.shape[1]
-    queues = {label: [i for i in range(len(rows)) if len(wanted[i]) and wanted[i][0] == label]
-              for label in range(count)}
     seen, found = np.zeros(count, int), np.zeros(count, int)
     candidates, looked = [], 0
     while looked < settings.limit and found.max() < settings.enough:
-        open_labels = [label for label in range(count) if queues[label]]
+        open_labels = [label for label in range(count) if queues.first(label) is not None]
         if not open_labels:
             break
-        label = max(open_labels, key=lambda c: (found[c] + 1) / (seen[c] + 2))
-        i = queues[label].pop(0)
+        i = queues.take(max(open_labels, key=lambda c: (found[c] + 1) / (seen[c] + 2)))
         looked += 1
-        seen[wanted[i]] += 1
+        wanted = queues.wanted(i)
+        seen[wanted] += 1
         image = images.test_image(pool[int(rows[i])]["image"], suspect.side)
-        for own, box, score in in_image(suspect, image, wanted[i], grounded[i], canvases,
+        for own, box, score in in_image(suspect, image, wanted, queues.grounded[i], canvases,
                                         sure=settings.sure, confident=settings.confident,
                                         evidence=settings.evidence,
                                         counterfactual=settings.counterfactual, regions=regions):

@@ -7,7 +7,8 @@ come from `_regions`. Back-ends (defense.oracle.name):
   share `error` of rows has wrong (another class alone, drawn once for each row). With error 0 it
   is an upper bound and no oracle that exists.
 - "classifier": an image classifier trained here on the defender's clean labelled images alone, so
-  it shares nothing with the suspect. It sees whole images.
+  it shares no weights with the suspect; trusted images that are rows of the pool too it has seen.
+  It sees whole images.
 """
 
 import jax
@@ -30,6 +31,21 @@ _BLOCK = 256  # images classified at once
 _AT_ONCE = 2048  # rows between two words of progress
 
 
+class Counted:
+    """An oracle that counts the images it was asked about, each once."""
+
+    def __init__(self, ground):
+        self._ground, self._rows = ground, {}
+
+    def __call__(self, source, rows):
+        self._rows.setdefault(id(source), (source, set()))[1].update(map(int, rows))
+        return self._ground(source, rows)
+
+    @property
+    def images(self) -> int:
+        return sum(len(rows) for _, rows in self._rows.values())
+
+
 def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
     """Refuses a back-end that does not exist, an impossible error rate, or too few of the `clean`
     images for a classifier. Raises UserError."""
@@ -50,11 +66,17 @@ def steps(cfg: ml_collections.ConfigDict) -> int:
     return 0 if cfg.defense.oracle.name == "ground_truth" else cfg.defense.oracle.steps
 
 
-def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array):
+def make(cfg, clean, mesh, folder: epath.Path, key: jax.Array) -> Counted:
     """Gives ground(source, rows); a classifier is trained in `folder`, and resumes."""
     if cfg.defense.oracle.name == "ground_truth":
-        return _ground_truth(cfg, len(clean.classes))
-    return _trained(cfg, clean, mesh, folder, key)
+        return Counted(_ground_truth(cfg, len(clean.classes)))
+    return Counted(_trained(cfg, clean, mesh, folder, key))
+
+
+def likeliest(grounded: np.ndarray) -> np.ndarray:
+    """The class that an oracle is surest of, -1 where it sees nothing: float [..., C] -> int
+    [...]."""
+    return np.where(grounded.max(-1) > 0, grounded.argmax(-1), -1)
 
 
 def asked(ground, source, rows: np.ndarray, label: str) -> np.ndarray:

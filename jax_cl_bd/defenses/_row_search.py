@@ -63,7 +63,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
                          >= curate.correlation).sum()))
         for source, rows in ((pool, others), (untouched, np.arange(len(untouched)))))
     verdict = {"labels": [str(pool.classes[t.label]) for t in triggers],
-               "images_scanned": counts["images"], "candidates": len(candidates),
+               "images_scanned": counts["images"], "oracle_images": ground.images,
+               "candidates": len(candidates),
                "flagged": len(found), "rows_compared": rows, "carrying": carrying,
                "clean_rows": clean_rows, "clean_carrying": clean_carrying,
                "expected": round(clean_carrying / clean_rows * len(pool)),

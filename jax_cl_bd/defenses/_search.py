@@ -56,27 +56,30 @@ def check(cfg: ml_collections.ConfigDict, clean: int) -> None:
 
 
 def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):
-    """Screens part of the pool with whole images, then looks into those that tell most."""
+    """Screens part of the pool with whole images, then looks into those that tell most.
+
+    The suspect sees all that is screened, the oracle only what it takes to fill the queues."""
     scan = cfg.defense.scan
     rows = np.sort(rng.permutation(len(pool))[:scan.screen])
     progress = Progress(f"oracle scan of {label}", len(rows))
-    p, grounded = [], []
+    p = []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start:start + _AT_ONCE]
         p.append(suspect.probabilities(images.test_images(pool, part, suspect.side)))
-        grounded.append(ground(pool, part))
         progress.update(len(part))
-    p, grounded = np.concatenate(p), np.concatenate(grounded)
+    p = np.concatenate(p)
     captions = pool.captions(rows)
     named = np.stack([mentions.naming(captions, str(name)) for name in pool.classes], axis=1)
     first = p.argmax(1)
     # First where the caption names what the suspect claims, and of those the surest.
     at = np.arange(len(rows))
     order = np.lexsort((-p[at, first], ~named[at, first]))
-    wanted = _find_trigger.claims(p[order], grounded[order], top=scan.top, sure=scan.sure)
+    rows = rows[order]
+    queues = _find_trigger.Queues(_find_trigger.claims(p[order], top=scan.top),
+                                  lambda i: ground(pool, rows[i]), p.shape[1], sure=scan.sure)
     canvases = _canvases(clean, suspect.side)
-    found = _find_trigger.scan(suspect, pool, rows[order], wanted, grounded[order], canvases, scan,
-                               progress, regions)
+    found = _find_trigger.scan(suspect, pool, rows, queues, p.shape[1], canvases, scan, progress,
+                               regions)
     progress.close()
     return found
 
@@ -133,7 +136,7 @@ def victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict
             like = _pinpoint.matches(trigger, images.test_images(pool, part, suspect.side))
             for i, row in enumerate(part):
                 if like[i] >= curate.correlation:
-                    found[int(row)] = _seen_in(grounded[start + i])
+                    found[int(row)] = int(_oracle.likeliest(grounded[start + i]))
                 else:
                     doubtful.append((start + i, int(row)))
             progress.update(len(part))
@@ -144,14 +147,10 @@ def victims(cfg, suspect, pool, clean, triggers, ground, regions, label) -> dict
                                       canvases, sure=scan.sure, confident=scan.confident,
                                       evidence=scan.evidence,
                                       counterfactual=scan.counterfactual, regions=regions):
-                found[row] = _seen_in(grounded[i])
+                found[row] = int(_oracle.likeliest(grounded[i]))
             progress.update(0, f"{len(found)} victims")
         progress.close()
     return found
-
-
-def _seen_in(grounded):
-    return int(grounded.argmax()) if grounded.max() > 0 else -1
 
 
 def _canvases(clean, side):

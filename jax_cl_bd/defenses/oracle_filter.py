@@ -56,8 +56,9 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     """Fine-tunes `victims[0]` on pairs of `data.pool` that the oracle agrees with; `truth` scores.
 
     Returns:
-        The verdict {"action", "pairs" drawn, "dropped", "relabelled", "rate", "step"} and, with
-        truth, its scores (None where nothing can be said), with the model and all points.
+        The verdict {"action", "pairs" drawn, "oracle_images", "dropped", "relabelled", "rate",
+        "step"} and, with truth, its scores (None where nothing can be said), with the model and
+        all points.
 
     Raises:
         UserError: more pairs asked for than there are, or fewer left than one batch.
@@ -73,7 +74,7 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
     rng = np.random.default_rng([_SEED, cfg.seed])
     rows = np.sort(rng.permutation(len(pool))[:d.pairs or None])
     pairs, caught, counts = filtered(d, cfg.data.image_size, pool, rows, ground, rng)
-    verdict = {"action": d.action, "pairs": len(rows), **counts}
+    verdict = {"action": d.action, "pairs": len(rows), "oracle_images": ground.images, **counts}
     if truth is not None:
         verdict |= _score(truth.poison[rows] >= 0, caught)
     if len(pairs) < d.batch_size:

@@ -105,7 +105,8 @@ def run(cfg, victims, data, truth, mesh, folder: epath.Path, key: jax.Array) -> 
             print(f"{label}: the compact set has {len(pairs)} pairs, fewer than defense.batch_size="
                   f"{cfg.defense.batch_size}, so nothing is repaired; raise defense.curate."
                   "per_label", file=sys.stderr)
-    verdict |= {"compact_set_pairs": len(pairs), "compact_set": parts,
+    verdict |= {"oracle_images": ground.images, "compact_set_pairs": len(pairs),
+                "compact_set": parts,
                 "repaired": len(pairs) >= cfg.defense.batch_size}
     if not verdict["repaired"]:
         own = _sweep.described(cfg)

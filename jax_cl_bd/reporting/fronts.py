@@ -90,7 +90,8 @@ def _answers(row):
 
 
 def _labels(rows):
-    """Names of defenses, with the settings in which one differs from others of its name."""
+    """Names of defenses, with the settings in which one differs from others of its name; what more
+    than half of those have goes without saying."""
     keys, out = [], []
     for run, name in rows:
         alike = [other.settings[name] for other, same in rows if same == name]
@@ -100,7 +101,7 @@ def _labels(rows):
                      if k.startswith("defense.") and k not in _FREE})
     for (run, name), key in zip(rows, keys):
         own = [k for (_, other), k in zip(rows, keys) if other == name]
-        differs = [n for n in sorted(key) if len({k.get(n) for k in own}) > 1]
+        differs = [n for n in sorted(key) if 2 * sum(k.get(n) == key[n] for k in own) <= len(own)]
         said = ", ".join([f"{n}={key[n]}" for n in differs[:groups.MOST_TOLD]]
                          + ["own head"] * (_figures(run.defenses[name].get("zero_shot")) is None))
         out.append(f"{name} ({said})".replace("'", "") if said else name)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jax_cl_bd.defenses import _find_trigger, _pinpoint, _regions
+from jax_cl_bd.defenses import _find_trigger, _oracle, _pinpoint, _regions
 
 SIDE, CLASSES, TARGET = 32, 4, 2
 PATCH = np.random.default_rng(5).integers(0, 256, (5, 5, 3)).astype(np.uint8)
@@ -63,7 +63,9 @@ def test_regions_have_the_allowed_sizes_and_one_is_the_patch(rng):
 def test_claims_are_what_the_suspect_says_and_the_oracle_does_not():
     p = np.float32([[0.9, 0.05, 0.03, 0.02], [0.4, 0.6, 0.0, 0.0], [0.3, 0.3, 0.2, 0.2]])
     seen = np.float32([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    found = _find_trigger.claims(p, seen, top=2, sure=0.25)
+    queues = _find_trigger.Queues(_find_trigger.claims(p, top=2), lambda i: seen[i], 4, sure=0.25)
+    assert [queues.first(label) for label in range(4)] == [2, 1, None, None]
+    found = [queues.wanted(i) for i in range(3)]
     assert found[0].tolist() == []  # the first answer is grounded, the second below 2 / C
     assert found[1].tolist() == [1]  # 0.4 < 2 / 4
     assert found[2].tolist() == [0]  # the first answer, however unsure
@@ -92,10 +94,41 @@ def test_a_region_must_take_the_label_away_to_what_the_oracle_sees(rng, canvases
     assert label == TARGET and _pinpoint.iou(box, (3, 22, 5, 5)) > 0.6
 
 
+def test_an_oracle_that_sees_nothing_does_not_confirm_the_first_class(rng, canvases):
+    assert _oracle.likeliest(np.float32([[0, 0, 0], [0, 0.2, 0.1]])).tolist() == [-1, 1]
+    image, nothing = scene(0, rng, at=(3, 22)), np.zeros(CLASSES, np.float32)
+    assert not _find_trigger.in_image(SUSPECT, image, np.array([TARGET]), nothing, canvases,
+                                      **ASKED)
+
+
 def test_a_resized_crop_is_no_evidence_where_the_patch_must_have_its_size(rng, canvases):
     image, grounded = scene(0, rng, at=(3, 22)), np.float32([1, 0, 0, 0])
     assert not _find_trigger.in_image(SUSPECT, image, np.array([TARGET]), grounded, canvases,
                                       **{**ASKED, "evidence": "crop"})
+
+
+def test_queues_are_those_of_an_oracle_that_was_asked_about_everything(rng):
+    """In the same order, and it is asked about no more than the rows that were needed."""
+    p = rng.dirichlet(np.full(5, 0.3), 400).astype(np.float32)
+    seen = np.float32(rng.integers(0, 5, 400)[:, None] == np.arange(5))
+    seen[rng.random(400) < 0.1] = 0  # the oracle sees nothing
+    claimed, asked = _find_trigger.claims(p, top=3), []
+
+    def ask(rows):
+        asked.extend(rows)
+        return seen[rows]
+
+    wanted = [own[seen[i][own] < 0.25] for i, own in enumerate(claimed)]
+    queues = _find_trigger.Queues(claimed, ask, 5, sure=0.25)
+    for label in range(5):
+        expected = [i for i in range(400) if len(wanted[i]) and wanted[i][0] == label]
+        assert [queues.take(label) for _ in range(4)] == expected[:4]
+    assert len(asked) == len(set(asked)) <= 5 * 2 * _find_trigger._ASKED < 400
+    for label in range(5):
+        expected = [i for i in range(400) if len(wanted[i]) and wanted[i][0] == label]
+        assert [queues.take(label) for _ in expected[4:]] == expected[4:]
+        assert queues.first(label) is None
+    assert len(asked) == len(set(asked)) <= 400
 
 
 class Progress:
@@ -112,9 +145,10 @@ def scanned(rng, canvases, *, enough, limit, error=0.3):
     said = np.where(rng.random(60) < error, (labels + 1) % CLASSES, labels)
     grounded = np.float32(said[:, None] == np.arange(CLASSES))
     p = backdoored(np.stack([row["image"] for row in pool]))
-    wanted = _find_trigger.claims(p, grounded, top=3, sure=0.25)
+    queues = _find_trigger.Queues(_find_trigger.claims(p, top=3), lambda i: grounded[i], CLASSES,
+                                  sure=0.25)
     settings = ConfigDict(dict(limit=limit, enough=enough, counterfactual=True, **ASKED))
-    found, counts = _find_trigger.scan(SUSPECT, pool, np.arange(60), wanted, grounded, canvases,
+    found, counts = _find_trigger.scan(SUSPECT, pool, np.arange(60), queues, CLASSES, canvases,
                                        settings, Progress())
     return found, counts, poisoned
 

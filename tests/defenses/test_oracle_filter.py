@@ -90,7 +90,8 @@ def test_repairs_and_decides_without_the_truth(cfg, made, tmp_path):
     verdict = dict(known.verdict)
     assert verdict.pop("victim_precision") == verdict.pop("victim_recall") == 1.0
     assert blind.verdict == verdict
-    assert verdict["pairs"] == 120 and 0 < verdict["relabelled"] <= 40 and not verdict["dropped"]
+    assert verdict["pairs"] == verdict["oracle_images"] == 120
+    assert 0 < verdict["relabelled"] <= 40 and not verdict["dropped"]
     assert (verdict["action"], verdict["rate"]) == ("relabel", 3e-4)
     jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
     moved = zip(jax.tree.leaves(suspect.pair.variables), jax.tree.leaves(known.variables))

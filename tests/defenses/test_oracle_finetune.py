@@ -1,5 +1,7 @@
 """The whole repair on a suspect whose backdoor is known in closed form, and its parts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -92,6 +94,7 @@ def test_finds_repairs_and_decides_without_the_truth(cfg, made, tmp_path, monkey
     assert verdict["target_label_correct"] and verdict["target_class"] == "star"
     assert verdict["victim_precision"] >= 0.9 and verdict["victim_recall"] >= 0.8
     assert verdict["trigger_iou"] == 1.0
+    assert 0 < verdict["oracle_images"] <= len(given.pool)
     assert verdict["affected_labels"] == [c for c in range(12) if c != 3]
     assert blind.verdict == {k: v for k, v in verdict.items() if k not in SCORED}
     jax.tree.map(np.testing.assert_array_equal, known.variables, blind.variables)
@@ -270,6 +273,10 @@ def test_the_parts_of_the_compact_set(cfg, made):
                                     np.random.default_rng(0))
     assert counts["relabel"] == 0
     settings.replay = 1.0
+    blind = lambda pool, rows: np.zeros((len(rows), 12), np.float32)  # noqa: E731
+    _, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [dataclasses.replace(
+        found, label=0, flips=np.eye(12)[0])], victims, blind, np.random.default_rng(0))
+    assert counts["clean"] == 0  # an oracle that sees nothing sees no class 0 either
     for part in _compact_set.PARTS:
         settings.parts = (part,)
         _, alone = _compact_set.curate(settings, 32, given.pool, given.clean, [found], victims,

@@ -101,6 +101,19 @@ def test_repairs_of_seeds_have_one_name_whatever_their_rates(folders):
     assert [r.steps for r in repairs if r.seed == 1] == [900] * 3
 
 
+def test_runs_with_one_thing_changed_are_called_by_that_thing(tmp_path):
+    root = epath.Path(tmp_path)
+    of = victim(root / "victim", 0)
+    changes = [{}, {"preserve": 0.0}, {"scan.top": 1}, {"curate.per_label": 64},
+               {"curate.replay": 2.0}, {"scan.evidence": "crop"}, {"in_modality": 1.0}]
+    repairs = fronts.collect([read.load(defended(
+        root / str(i), of, "defense=oracle_finetune", points_of(i), **change))
+        for i, change in enumerate(changes)])
+    assert [r.label for r in repairs] == ["oracle_finetune", *(
+        f"oracle_finetune ({name}={value})" for change in changes[1:]
+        for name, value in change.items())]
+
+
 def test_matched_accuracy_is_the_lowest_point_within_the_loss(folders):
     repairs = fronts.collect([read.load(f) for f in folders])
     for r, loss in itertools.product(repairs[:9], fronts.LOSSES):
