@@ -60,7 +60,8 @@ PAIR_OBJECTIVES = dict(
     siglip=dict(name="siglip", dim=512, image_projection=True, text_bias=False, ring=False,
                 scale_init=2.302585092994046, bias_init=-10.0, in_modality=0.0,
                 in_modality_temperature=0.0),
-    # These two defend while they train. Lengths are those of 1 M pairs at batch 128, as published.
+    # These two defend while they train. Lengths are SafeCLIP's, of 1 M pairs in batches of 128, and
+    # RoCLIP's pool in such batches (its code has batches of 512).
     roclip=dict(name="roclip", dim=512, image_projection=True, scale_init=LN_1_BY_07,
                 break_every=2, epoch_steps=0, queue_batches=171),
     safeclip=dict(name="safeclip", dim=512, image_projection=True, scale_init=LN_1_BY_07,

@@ -44,7 +44,8 @@ class Trigger:
 def flagged(seen: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Labels whose share of candidates stands out, int [F]: at least FEWEST, and more than the
     median over labels plus three times the median absolute deviation (scaled as a deviation). A
-    label that no image was looked at for has none: a scan that ends early has seen few labels."""
+    label that no image was looked at for has none: a scan that ends early has seen few labels, and
+    then any with FEWEST stands out, for `verify` to judge."""
     share = found / np.maximum(seen, 1)
     middle = np.median(share)
     spread = 1.4826 * np.median(np.abs(share - middle))
