@@ -7,8 +7,8 @@ reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fr
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold) or
-roclip|safeclip (CLIP that defends itself while it trains; victim and control are trained so; at
-this size both stay near chance, docs/results.md),
+roclip|safeclip (CLIP that defends itself while it trains, as long again three times, since within
+CLIP's steps neither learns; victim and control are trained so),
 defense=none|fine_tune|retrain|oracle_finetune|clean_clip|cleaner_clip|par|abd|ubt|invertune|
 supervised|norm_only|oracle_filter|decree|density|cosine_filter|bdetclip (the last four only say
 what they suspect), oracle=ground_truth|classifier (of the two that have one),
@@ -37,6 +37,7 @@ TOWERS = dict(
     clip_resnet=dict(name="clip_resnet", width=16, stages=(1, 1), heads=2, dtype="float32",
                      bn_groups=1))
 LR = dict(small_resnet=4e-3, vit=1e-3, clip_resnet=4e-3)
+LONGER = 4  # times the steps that RoCLIP and SafeCLIP take; docs/results.md has both lengths
 MEASURED_BY = dict(targeted=("targeted",), mismatched=("mismatch",))
 
 
@@ -61,6 +62,11 @@ def get_config(arg=""):
     tower = common.choose("tower", a["tower"], TOWERS)
     published = common.SIGLIP if (a["tower"], a["objective"]) == ("vit", "siglip") else {}
     rows, poisons, steps = (100_000, 400, 12_000) if a["low_rate"] else (8000, 320, 2400)
+    own = common.defended(a["objective"], rows=rows, batch_size=64, steps=steps)
+    lr, longer = LR[a["tower"]], LONGER if own else 1
+    if a["objective"] == "roclip":  # the second and the last quarter of training look up captions
+        own.update(epoch_steps=steps, queue_batches=-(-rows // (4 * 64)))
+        lr = 1e-3  # at 4e-3 the first such epoch destroys the encoder
     if attack in WITHOUT_TRIGGER:
         poisons = WITHOUT_TRIGGER[attack][a["low_rate"]]
     cfg = common.config(
@@ -80,13 +86,12 @@ def get_config(arg=""):
         text={**common.SMALL_TEXT, "width": 64, "layers": 1, "heads": 2,
               **published.get("text", {})},
         objective={**common.choose("objective", a["objective"], common.PAIR_OBJECTIVES),
-                   "dim": 128, **published.get("objective", {}),
-                   **common.defended(a["objective"], rows=rows, batch_size=64, steps=steps)},
-        optim={**common.ADAMW, "lr": LR[a["tower"]], "warmup_steps": 100},
+                   "dim": 128, **published.get("objective", {}), **own},
+        optim={**common.ADAMW, "lr": lr, "warmup_steps": 100},
         evals=common.evals(probes=("zero_shot", "linear_probe", "retrieval", "z_score",
                                    *MEASURED_BY.get(attack, ()))),
         # Many small batches: 450 of 256 (lr 6e-3) ended at clean 0.88; docs/results.md has both.
-        train=dict(steps=steps, epochs=0, batch_size=64, log_every=50, save_every=600,
+        train=dict(steps=longer * steps, epochs=0, batch_size=64, log_every=50, save_every=600,
                    eval_every=1200, steps_per_dispatch=1),
         defense=common.choose("defense", a["defense"], defenses.of_pairs(
             dict(clean_fraction=0.25, validation_split="validation", batch_size=64, steps=450,

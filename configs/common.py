@@ -75,7 +75,8 @@ TEXT_AUGMENT = dict(roclip="eda", safeclip="eda_twice")  # of others what the co
 
 
 def defended(objective, *, rows, batch_size, steps):
-    """What RoCLIP and SafeCLIP have otherwise in a run of this size; {} for other objectives.
+    """What RoCLIP and SafeCLIP have otherwise in a run of this size, {} for other objectives;
+    `steps`: those of an undefended run.
 
     RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: rings of 256 entries, or one batch; a
     first warm-up of 5/32 of the steps, as 5 of 32 epochs. The second, as published 1/32 of them at

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launching import JOBSET, ROOT, SLICE, dry, launch, program
 
-COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 548}
+COUNTS = {"layout_law.sh": 24, "cifar10_reduced.sh": 16, "clip_defenses.sh": 554}
 LAUNCHERS = {"local.sh", "docker.sh", "slurm.sh", "sweep.sh", "tpu_vm.sh", "xpk.sh",
              "gke_jobset.sh"}
 
@@ -50,7 +50,7 @@ def test_every_script_is_tested():
 def test_every_run_has_a_control(script):
     """Its own, or that of an earlier run with the same settings but the attack's; but victims with
     another loss, whose losses and repairs are compared with one another, have none."""
-    alone = ("in_modality_", "roclip_", "safeclip_")
+    alone = ("in_modality_", "roclip_", "safeclip_", "longer_")
     trained = {}  # folder -> config of the run that trains a control there
     made = {}  # folder -> config of every victim
     for words in commands(script):
@@ -80,7 +80,7 @@ def test_the_parts_of_the_defenses_make_the_whole():
              for part in ("victims", "repair", "baselines", "limits", "cleaning", "ablations",
                            "cifar10")]
     assert sum(parts, []) == whole
-    assert [len(part) for part in parts] == [24, 66, 336, 42, 24, 36, 20]
+    assert [len(part) for part in parts] == [24, 66, 336, 42, 30, 36, 20]
     folders = [words[4] for words in whole]
     assert len(set(folders)) == len(folders)
     for words in whole:
