@@ -87,8 +87,10 @@ class Queues:
 
     def __init__(self, claimed: list[np.ndarray], ask, count: int, *, sure: float):
         self._claimed, self._ask, self._sure = claimed, ask, sure
-        self._may = [[i for i, own in enumerate(claimed) if label in own]
-                     for label in range(count)]
+        self._may = [[] for _ in range(count)]
+        for i, own in enumerate(claimed):
+            for label in own:
+                self._may[label].append(i)
         self._at = [0] * count
         self.grounded = {}  # row -> float32 [C], of those asked about
 
