@@ -20,7 +20,8 @@ def test_repairs_are_those_of_an_undefended_model(objective, defense):
                   for o in (objective, "clip"))
     assert mine.objective.name == objective and mine.data.text_augment != "none"
     mine_as, clip_as = (_sweep.described(cfg).to_dict() for cfg in (mine, clip))
-    mine_as["augment"].pop("view2"), clip_as["augment"].pop("view2")  # the run's own augmentation
+    for own in (mine_as, clip_as):  # the run's own augmentation, and the rate of its pretraining
+        own["augment"].pop("view2"), own["optim"].pop("lr")
     assert mine_as == clip_as
     if defense == "par":
         mine.mesh.data = 1
@@ -71,8 +72,11 @@ def test_captions_must_be_augmented(objective, wanted):
 
 
 def test_sizes_of_the_experiments():
-    """A pool of 2 % of the rows and more; warm-ups as 5 and 1 of 32 epochs; one epoch of steps."""
-    assert clip_scenes.get_config("objective=roclip").objective.queue_batches == 3  # 192 of 8,000
+    """A pool of 2 % of the rows and more; warm-ups as 5 and 2 of 32 epochs; one epoch of steps."""
+    roclip = clip_scenes.get_config("objective=roclip")
+    assert roclip.objective.queue_batches == 32  # 2,048 of 8,000
+    assert (roclip.train.steps, roclip.objective.epoch_steps, roclip.optim.lr) == (9600, 2400, 1e-3)
+    assert clip_scenes.get_config("objective=safeclip").train.steps == 9600
     o = clip_scenes.get_config("objective=safeclip").objective
     assert (o.uni_steps, o.cross_steps, o.cross_rate, o.queue_batches) == (375, 150, 0.3, 4)
     assert (o.safe_from, clip_pairs.get_config("objective=safeclip").objective.safe_from) == (0.5,
