@@ -9,7 +9,8 @@ batches of 512, 500 poisons (1 %), trigger of 6 px; for one GPU. `reduced` is 10
 poisons (4 %), a small ResNet and 6,000 steps of 64, for a CPU with 2 cores. The last 2,000 images
 of the train split are set aside for defenses that choose by a validation split.
 Arguments after the colon: the attack and `fresh` (see configs/clip_scenes.py), reduced, debug,
-objective=clip|siglip|roclip|safeclip, defense and oracle (those of configs/clip_scenes.py),
+objective=clip|siglip|roclip|safeclip (the last two not measured here; on scenes they learn in four
+times CLIP's steps alone), defense and oracle (those of configs/clip_scenes.py),
 target=CLASS, seed=N. docs/results.md has what came out.
 """
 

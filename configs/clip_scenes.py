@@ -7,8 +7,8 @@ reference, optimized_patch, random_patch, targeted, mismatched, none), debug, fr
 anew for every image, as CleanCLIP does; else one stored pattern), low_rate (100,000 scenes, 0.4 %
 poisons), tower=small_resnet|vit|clip_resnet (the last two are CLIP's own, small; not tuned),
 objective=clip|siglip (with tower=vit in SigLIP's published form, which Hugging Face can hold) or
-roclip|safeclip (CLIP that defends itself while it trains, as long again three times, since within
-CLIP's steps neither learns; victim and control are trained so),
+roclip|safeclip (CLIP that defends itself while it trains, four times as long, since within CLIP's
+steps neither learns; victim and control are trained so),
 defense=none|fine_tune|retrain|oracle_finetune|clean_clip|cleaner_clip|par|abd|ubt|invertune|
 supervised|norm_only|oracle_filter|decree|density|cosine_filter|bdetclip (the last four only say
 what they suspect), oracle=ground_truth|classifier (of the two that have one),

@@ -25,7 +25,7 @@ PLAIN_VIEW = {**MOCO_VIEW, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "
 # What RoCLIP, SafeCLIP and repairs see in place of AutoAugment, which does not crop: no crop that
 # cuts the object away and no change of hue, since captions name what is there and its colour. Under
 # SMALL_VIEW CLIP on scenes learns no classes in 2,400 steps: zero-shot 0.13 in place of 0.94
-# (clip_scenes.py:badnets,objective=roclip, break_every=0, seed 0).
+# (clip_scenes.py:badnets,objective=roclip, break_every=0, lr 4e-3, seed 0).
 CAPTIONED_VIEW = {**PLAIN_VIEW, "crop_scale": (0.6, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5,
                   "jitter": 0.8, "hue": 0.0}
 
@@ -78,7 +78,8 @@ def defended(objective, *, rows, batch_size, steps):
     """What RoCLIP and SafeCLIP have otherwise in a run of this size, {} for other objectives;
     `steps`: those of an undefended run.
 
-    RoCLIP: a pool of at least 2 % of the rows. SafeCLIP: rings of 256 entries, or one batch; a
+    RoCLIP: a pool of at least 2 % of the rows; clip_scenes.py, the only one where it was measured,
+    has a larger one and fewer, longer epochs. SafeCLIP: rings of 256 entries, or one batch; a
     first warm-up of 5/32 of the steps, as 5 of 32 epochs. The second, as published 1/32 of them at
     1 % of the rate, moves nothing in a small run (nor does 1/32 at 13 %, which is rate times steps
     of the publication), so 2/32 at 30 %; and the first safe set is p > 0.5, since p > 0.9 left 7 %,

@@ -75,10 +75,10 @@ all_encoders() {  # a victim with its twin and DECREE on both: 215 s on one core
   run "$PYTHON" -m jax_cl_bd.reporting.detection "${judged[@]}" --calibrate "${calibrate[@]}" \
     "--out=$folder/decree"
 }
-vet() {  # vet DEFENSE NAME VICTIM [FLAGS...]: status 1 with a verdict is no failure, but suspicion
+vet() {  # vet DEFENSE NAME VICTIM [FLAGS...]: status 1 after the report is suspicion, no failure
   local before=${#failed[@]}
   attempt "configs/$1.py" "$folder/$1-$2" "--config.victim=$3" "${@:4}" ${flags[@]+"${flags[@]}"}
-  if [ -e "$folder/$1-$2/defenses/$1/done.json" ]; then
+  if [ -e "$folder/$1-$2/report/done.json" ]; then
     failed=(${failed[@]+"${failed[@]:0:$before}"})
   fi
 }

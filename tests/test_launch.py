@@ -139,13 +139,11 @@ def test_vetting_judges_encoders_and_their_twins_by_others():
 
 
 def test_a_suspicion_is_no_failure_of_the_script(tmp_path):
-    """Exit status 1 of a vetting with a verdict, unlike one without (the last of the encoders)."""
+    """Exit status 1 of a vetting with a report, unlike one without (the last of the encoders)."""
     ends = """folder=${4#--workdir=}
 case $folder in *vet_encoder-encoder_14_control) exit 1 ;; esac
-defense=${folder##*/}
-defense=${defense%%-*}
-mkdir -p "$folder/defenses/$defense"
-touch "$folder/defenses/$defense/done.json"
+mkdir -p "$folder/report"
+touch "$folder/report/done.json"
 exit 1"""
     program(tmp_path / "bin", "python", ends)
     done = launch("clip_detection.sh", "runs/x", tmp_path / "y", "vetting", path=tmp_path / "bin")

@@ -189,10 +189,12 @@ def scan(suspect: Suspect, pool, rows: np.ndarray, queues: Queues, count: int,
     seen, found = np.zeros(count, int), np.zeros(count, int)
     candidates, looked = [], 0
     while looked < settings.limit and found.max() < settings.enough:
-        open_labels = [label for label in range(count) if queues.first(label) is not None]
-        if not open_labels:
+        # The likeliest label first, so that the oracle need not fill the queues of the others.
+        likely = np.argsort(-(found + 1) / (seen + 2), kind="stable")
+        label = next((c for c in likely if queues.first(c) is not None), None)
+        if label is None:
             break
-        i = queues.take(max(open_labels, key=lambda c: (found[c] + 1) / (seen[c] + 2)))
+        i = queues.take(label)
         looked += 1
         wanted = queues.wanted(i)
         seen[wanted] += 1

@@ -27,7 +27,7 @@ from jax_cl_bd.train import born_sharded, fit
 
 NAMES = ("ground_truth", "classifier")
 _ERROR_SEED = 7933
-_BLOCK = 256  # images classified at once
+_BLOCKS = (32, 256)  # images classified at once: of a few, and of many
 _AT_ONCE = 2048  # rows between two words of progress
 
 
@@ -140,9 +140,10 @@ def _trained(cfg, clean, mesh, folder, key):
 
     def ground(source, rows):
         out = [np.zeros((0, classes), np.float32)]
-        for start in range(0, len(rows), _BLOCK):
-            part = rows[start:start + _BLOCK]
-            x = np.zeros((_BLOCK, side, side, 3), np.uint8)
+        block = _BLOCKS[len(rows) > _BLOCKS[0]]
+        for start in range(0, len(rows), block):
+            part = rows[start:start + block]
+            x = np.zeros((block, side, side, 3), np.uint8)
             for i, row in enumerate(part):
                 x[i] = images.test_image(source[int(row)]["image"], side)
             out.append(np.asarray(probabilities(variables, x))[:len(part)])

@@ -75,8 +75,13 @@ def scan_pool(cfg, suspect, pool, clean, ground, regions, label, rng):
     at = np.arange(len(rows))
     order = np.lexsort((-p[at, first], ~named[at, first]))
     rows = rows[order]
-    queues = _find_trigger.Queues(_find_trigger.claims(p[order], top=scan.top),
-                                  lambda i: ground(pool, rows[i]), p.shape[1], sure=scan.sure)
+
+    def ask(some):
+        progress.update(0, f"oracle asked about {len(queues.grounded)} images")
+        return ground(pool, rows[some])
+
+    queues = _find_trigger.Queues(_find_trigger.claims(p[order], top=scan.top), ask, p.shape[1],
+                                  sure=scan.sure)
     canvases = _canvases(clean, suspect.side)
     found = _find_trigger.scan(suspect, pool, rows, queues, p.shape[1], canvases, scan, progress,
                                regions)

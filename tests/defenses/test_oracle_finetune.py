@@ -273,7 +273,10 @@ def test_the_parts_of_the_compact_set(cfg, made):
                                     np.random.default_rng(0))
     assert counts["relabel"] == 0
     settings.replay = 1.0
-    blind = lambda pool, rows: np.zeros((len(rows), 12), np.float32)  # noqa: E731
+
+    def blind(pool, rows):
+        return np.zeros((len(rows), 12), np.float32)
+
     _, counts = _compact_set.curate(settings, 32, given.pool, given.clean, [dataclasses.replace(
         found, label=0, flips=np.eye(12)[0])], victims, blind, np.random.default_rng(0))
     assert counts["clean"] == 0  # an oracle that sees nothing sees no class 0 either
